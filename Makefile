@@ -1,0 +1,54 @@
+# A fresh machine needs python3 (3.11 or newer) and make; everything else goes into .venv.
+#   make demo ARGS="--help"        make test ARGS="-k partition -n 2"        make test PYTHON=python3.13
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types wheel-check clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo-installed  ## Run the demo; ARGS are passed on to it
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.dev-installed  ## Run the tests; ARGS are passed on to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev-installed  ## Check style and formatting
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: $(VENV)/.dev-installed  ## Check types
+	@$(BIN)/mypy
+
+wheel-check: $(VENV)/.dev-installed  ## Build the wheel and import all of it with the core dependencies alone
+	@$(BIN)/python -m pytest -q tests/test_packaging.py
+
+clean:  ## Remove the environment, builds and caches
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is written only once its step succeeded, so that an interrupted install is taken up again.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Makefile: expected Python 3.11 or newer as '$(PYTHON)', found $$($(PYTHON) --version 2>&1);" \
+			"name another one: make PYTHON=python3.11" >&2; exit 1; }
+	@echo "Creating $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo-installed: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Installing dmt_compile and the demo's packages into $(VENV) (about a minute the first time) ..."
+	@$(PIP) install -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Installing dmt_compile with all development packages into $(VENV) (about a minute the first time) ..."
+	@$(PIP) install -c constraints.txt -e '.[demo,test,dev]'
+	@touch $(VENV)/.demo-installed $@

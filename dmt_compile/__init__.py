@@ -1,0 +1,46 @@
+"""A compiler for recommendation models: flat PyTorch in, towers and hierarchical collectives out.
+
+``torch.compile(model, backend="dmt")`` needs no import of this package; what is exported here looks at plans, runs
+simulated clusters and gathers state.
+"""
+
+from dmt_compile.api import Explanation, explain, plan
+from dmt_compile.errors import (
+    BatchError,
+    CheckpointError,
+    CollectiveError,
+    ConfigError,
+    DmtError,
+    PlanError,
+    UnsupportedGraphError,
+    VerifyError,
+)
+from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
+from dmt_compile.runtime.clipping import clip_grad_norm_
+from dmt_compile.runtime.simulated_world import SimulatedWorld
+from dmt_compile.runtime.state import full_state_dict
+from dmt_compile.topology import Topology
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchError",
+    "CheckpointError",
+    "CollectiveError",
+    "ConfigError",
+    "DmtError",
+    "Explanation",
+    "PlanError",
+    "Shard",
+    "SimulatedWorld",
+    "TableSpec",
+    "Topology",
+    "Tower",
+    "TowerPlan",
+    "UnsupportedGraphError",
+    "VerifyError",
+    "clip_grad_norm_",
+    "explain",
+    "full_state_dict",
+    "plan",
+]

@@ -1,0 +1,186 @@
+"""Look before you leap: the plan and the explanation of what would be compiled, with no process group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from dmt_compile import torch_internals
+from dmt_compile.backend import compile_graph, copy_graph
+from dmt_compile.capture import Capture
+from dmt_compile.config import Options
+from dmt_compile.cost.traffic import bytes_per_link
+from dmt_compile.inspection.dumps import GraphDump
+from dmt_compile.inspection.explanation import explanation_text
+from dmt_compile.ir.embedding_graph import Interaction, Table, Unmatched
+from dmt_compile.ir.pass_base import PassContext
+from dmt_compile.ir.stages import Effect, Stage
+from dmt_compile.pipeline import PassRecord, PipelineReport
+from dmt_compile.plan import TableSpec, TowerPlan
+from dmt_compile.runtime.session import Passes, next_dump, plan_for, world_size
+from dmt_compile.topology import Topology
+
+
+def plan(
+    model: nn.Module,
+    batch: Any,
+    topology: str | Topology = "auto",
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> TowerPlan:
+    """Return the tower plan that ``torch.compile(model, backend="dmt")`` would use.
+
+    Args:
+        model: flat; may be on the meta device, and needs no process group.
+        batch: one local batch: a tuple is positional arguments, anything else the one argument.
+        topology: ``"<hosts>x<local ranks>"``, a :class:`Topology`, or ``"auto"`` (the process group; else one rank).
+        kwargs: keyword arguments of the model.
+        options: as for ``torch.compile(..., options=...)``.
+
+    Raises:
+        ConfigError, PlanError: a bad option, or an impossible plan.
+    """
+    graph = _capture(model, batch, topology, kwargs, options, Stage.TOWERED)
+    return graph.plan
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was found in a model, what was not and why, the plan, and what would cross each link.
+
+    ``bytes_per_link``: ``{"flat" or "sptt": {"intra" or "cross": bytes}}``, per training step, summed over all ranks,
+    for the given batch on every rank. ``effect``: the strongest effect on numbers of the passes that ran.
+    """
+
+    plan: TowerPlan
+    tables: tuple[Table, ...]
+    interaction: Interaction | None
+    unmatched: tuple[Unmatched, ...]
+    passes: tuple[PassRecord, ...]
+    effect: Effect
+    batch_size: int
+    bytes_per_link: dict[str, dict[str, int]]
+
+    def __str__(self) -> str:
+        return explanation_text(self)
+
+
+def explain(
+    model: nn.Module,
+    batch: Any,
+    topology: str | Topology = "auto",
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Explanation:
+    """Return, printable, what the compiler would do with a model; arguments as for :func:`plan`."""
+    graph = _capture(model, batch, topology, kwargs, options, Stage.LOWERED)
+    ctx, report = graph.ctx, graph.report
+    wanted = Options.from_mapping(options).dense_compiler
+    records = tuple(
+        replace(record, effect=Effect.REORDERED)
+        if record.name == "compile_dense_regions" and wanted != "eager"
+        else record
+        for record in report.records
+    )
+    return Explanation(
+        plan=graph.plan,
+        tables=tuple(ctx.embedding_graph.tables),
+        interaction=ctx.embedding_graph.interaction,
+        unmatched=tuple(ctx.embedding_graph.unmatched),
+        passes=records,
+        effect=PipelineReport(records).effect,
+        batch_size=graph.batch_size,
+        bytes_per_link=bytes_per_link(graph.plan, graph.batch_size),
+    )
+
+
+@dataclass
+class _Captured(BaseException):
+    """Ends a capture at the first graph that holds tables; caught by :func:`_capture` alone."""
+
+    ctx: PassContext
+    report: PipelineReport
+    topology: Topology
+    batch_size: int
+
+    @property
+    def plan(self) -> TowerPlan:
+        """The plan; of no table where none was found."""
+        return self.ctx.plan if self.ctx.plan is not None else plan_for(self.ctx.options, self.topology, ())
+
+
+def _capture(
+    model: nn.Module,
+    batch: Any,
+    topology: str | Topology,
+    kwargs: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+    until: Stage,
+) -> _Captured:
+    parsed = Options.from_mapping({**options, "topology": topology})
+    session = _CaptureSession(replace(parsed, dense_compiler="eager"), until)
+    bare = getattr(model, "_orig_mod", model)
+    positional = batch if isinstance(batch, tuple) else (batch,)
+    if any(parameter.is_meta for parameter in bare.parameters()):
+        positional, kwargs = tree_map(_to_meta, (positional, dict(kwargs or {})))
+    try:
+        with torch_internals.unlimited_recompiles():
+            torch.compile(bare, backend=session.backend)(*positional, **(kwargs or {}))
+    except _Captured as captured:
+        return captured
+    if session.last is None:
+        ctx = PassContext(parsed, session.topology, {}, {}, {}, session.choose_plan, True)
+        return _Captured(ctx, PipelineReport(()), session.topology, 0)
+    return session.last
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+class _CaptureSession:
+    """Runs the passes on each graph until one holds tables, and no program."""
+
+    def __init__(self, options: Options, until: Stage) -> None:
+        self.options = options
+        self.until = until
+        ranks = world_size() if options.topology == "auto" else 0
+        self.topology = options.resolve_topology(ranks) if ranks else _stated(options.topology)
+        self.last: _Captured | None = None
+
+    def backend(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Capture a graph."""
+        return compile_graph(gm, self.options, self)
+
+    def prepare(self, capture: Capture, run: Passes) -> bool:
+        """Change nothing."""
+        return False
+
+    def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture | None = None) -> TowerPlan:
+        """Plan for the stated topology."""
+        elsewhere = [] if capture is None else capture.other_tables(tables)
+        return plan_for(self.options, self.topology, tables, elsewhere)
+
+    def program(self, capture: Capture, run: Passes) -> Callable[..., Any]:
+        """Stop at a graph with tables; let the model run on in eager mode otherwise."""
+        flat = copy_graph(capture.gm)
+        ctx, report = run(self.until)
+        self.last = _Captured(ctx, report, self.topology, ctx.embedding_graph.batch_size)
+        if ctx.embedding_graph.tables:
+            raise self.last
+        return flat
+
+    def dump(self) -> GraphDump | None:
+        """Dump into the user's folder."""
+        return next_dump(self.options.dump_dir)
+
+
+def _stated(topology: str | Topology) -> Topology:
+    return Topology.parse(topology) if isinstance(topology, str) else topology

@@ -1,0 +1,125 @@
+"""Reads a graph that Dynamo captured: which inputs are parameters, under which flat names, and which are the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dmt_compile import torch_internals
+from dmt_compile.errors import ConfigError
+from dmt_compile.ir.pass_base import placeholders
+from dmt_compile.plan import TableSpec
+
+
+@dataclass
+class Capture:
+    """A captured graph and the model around it.
+
+    Args:
+        gm: Dynamo's graph.
+        root: the compiled module, whose parameter names are the flat names; ``None`` where no module is involved.
+        outer: the outermost module that is running; it may hold ``root`` and dense parameters beside it.
+        parameters: graph input -> the real parameter or buffer.
+        flat_names: graph input -> its name in ``root``, or the variable that the user passed.
+        inputs: graph input -> the real tensor of the batch.
+        checked: graph inputs whose number of samples the program compares at each step.
+    """
+
+    gm: fx.GraphModule
+    root: nn.Module | None
+    outer: nn.Module | None
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    flat_names: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    checked: list[str] = field(default_factory=list)
+
+    def other_tables(self, tables: Sequence[TableSpec]) -> list[TableSpec]:
+        """Return the model's matrices that are not among ``tables``, as tables a plan may name."""
+        found = {table.name for table in tables}
+        named = [] if self.root is None else self.root.named_parameters()
+        return [
+            TableSpec(short, p.shape[0], p.shape[1], str(p.dtype).removeprefix("torch."))
+            for name, p in named
+            if p.ndim == 2 and (short := name.replace("_orig_mod.", "").removesuffix(".weight")) not in found
+        ]
+
+
+def read_capture(gm: fx.GraphModule) -> Capture:
+    """Sort the inputs of a graph that Dynamo has just handed to the backend.
+
+    Raises:
+        ConfigError: the model is wrapped in ``DistributedDataParallel``.
+    """
+    running = torch_internals.calling_modules()
+    if any(isinstance(module, DistributedDataParallel) for module in running):
+        raise ConfigError(
+            "capture: expected a model without a data-parallel wrapper, found DistributedDataParallel; backend='dmt' "
+            "averages dense gradients and shards tables itself, compile the bare model"
+        )
+    sources = {node: torch_internals.source_of(node) for node in placeholders(gm)}
+    chains = {n: torch_internals.source_modules(s) for n, s in sources.items() if s is not None}
+    roots = [chain[0] for chain in chains.values() if chain]
+    root = _root(list(dict.fromkeys(roots)), running)
+    holders = [module for module in running if root is not None and _holds(module, root)]
+    capture = Capture(gm, root, holders[-1] if holders else root)
+    names = {} if root is None else _names(root)
+    for node, source in sources.items():
+        value = torch_internals.input_value(node)
+        if not isinstance(value, torch.Tensor):
+            continue
+        if chains.get(node) or isinstance(value, nn.Parameter):
+            capture.parameters[node.name] = value
+            capture.flat_names[node.name] = names.get(id(value), node.name)
+        elif source is not None and torch_internals.is_frame_input(source):
+            capture.inputs[node.name] = value
+            capture.flat_names[node.name] = torch_internals.variable_name(source)
+    return capture
+
+
+def _root(roots: list[nn.Module], running: list[nn.Module]) -> nn.Module | None:
+    """Return the innermost running module that holds everything captured, else the module most inputs came through."""
+    if not roots:
+        return None
+    for module in running:
+        if all(_holds(module, root) for root in roots):
+            return module
+    return max(roots, key=lambda module: sum(1 for _ in module.parameters()))
+
+
+def _holds(module: nn.Module, inner: nn.Module) -> bool:
+    return any(child is inner for child in module.modules())
+
+
+def _names(root: nn.Module) -> dict[int, str]:
+    """Return the flat name of every parameter and buffer, by identity; the first name of a tied one."""
+    names: dict[int, str] = {}
+    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+        names.setdefault(id(tensor), name.replace("_orig_mod.", ""))
+    return names
+
+
+def dynamic_dims(gm: fx.GraphModule, capture: Capture) -> dict[str, tuple[int, ...]]:
+    """Return which dimensions of the batch's tensors change from call to call.
+
+    Dimension 0 (samples, or ids of all bags), except for a tensor that the model takes apart along dimension 0, such as
+    offsets of shape (tables, samples): there it is dimension 1.
+    """
+    dims: dict[str, tuple[int, ...]] = {}
+    for node in placeholders(gm):
+        tensor = capture.inputs.get(node.name)
+        if isinstance(tensor, torch.Tensor) and tensor.ndim:
+            taken_apart = tensor.ndim > 1 and bool(node.users) and all(_takes_apart(user) for user in node.users)
+            dims[node.name] = (1,) if taken_apart else (0,)
+    return dims
+
+
+def _takes_apart(user: fx.Node) -> bool:
+    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    if name == "getitem":
+        return isinstance(user.args[1], int)
+    return name == "unbind" or (name == "select" and user.args[1:2] == (0,))

@@ -1,0 +1,150 @@
+"""Bytes that cross each link in a training step: the flat model-parallel exchange beside the tower transform's.
+
+Every byte is counted once, at its sender; what a rank keeps for itself crosses no link. Counted are ids, pooled
+embeddings and their gradients; the few bytes of the step's header and the dense gradients are the same either way and
+are not.
+
+Shape suffixes: S sending ranks, R receiving ranks, G ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmt_compile.passes.lower_to_sptt import tower_groups
+from dmt_compile.plan import TowerPlan
+from dmt_compile.topology import Topology
+
+Matrix = NDArray[np.int64]
+ID_BYTES = 8  # ids and bag lengths travel as int64
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One exchange of a step in one direction.
+
+    Args:
+        name: ``"ids"``, ``"flat embeddings"``, ``"in-host embeddings"`` (inside a tower's hosts) or
+            ``"peer embeddings"``.
+        direction: ``"forward"``, or ``"backward"`` for the gradients that mirror it.
+        intra_bytes: bytes inside hosts, all ranks.
+        cross_bytes: bytes between hosts, all ranks.
+        largest_rank_bytes: bytes that the busiest rank sends, over both links.
+    """
+
+    name: str
+    direction: str
+    intra_bytes: int
+    cross_bytes: int
+    largest_rank_bytes: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The exchanges of one training step, flat and with the tower transform (SPTT)."""
+
+    flat: tuple[Hop, ...]
+    sptt: tuple[Hop, ...]
+
+    def bytes_per_link(self) -> dict[str, dict[str, int]]:
+        """Return ``{"flat" or "sptt": {"intra" or "cross": bytes}}``, summed over hops and ranks."""
+        return {
+            form: {"intra": sum(hop.intra_bytes for hop in hops), "cross": sum(hop.cross_bytes for hop in hops)}
+            for form, hops in (("flat", self.flat), ("sptt", self.sptt))
+        }
+
+
+def bytes_per_link(plan: TowerPlan, batch_size: int) -> dict[str, dict[str, int]]:
+    """Return the bytes of one training step in which every rank has ``batch_size`` samples.
+
+    Args:
+        plan: whole tables on single ranks.
+        batch_size: samples of each rank.
+
+    Returns:
+        ``{"flat" or "sptt": {"intra" or "cross": bytes}}``, summed over all ranks, ids and both directions.
+
+    Raises:
+        PlanError: a table is split over several ranks.
+    """
+    return embedding_traffic(plan, [batch_size] * plan.topology.world_size).bytes_per_link()
+
+
+def embedding_traffic(
+    plan: TowerPlan, batch_sizes: Sequence[int], id_counts: Mapping[str, Sequence[int]] | None = None
+) -> Traffic:
+    """Return every exchange of one training step.
+
+    Args:
+        plan: whole tables on single ranks.
+        batch_sizes: samples of each rank.
+        id_counts: for each table the ids that each rank looks up; by default the table's mean pooling times the rank's
+            samples and the table's features.
+
+    Raises:
+        PlanError: a table is split over several ranks.
+
+    Source: "Cost analysis" in section 3 of the DMT paper, without its assumption of even tables.
+    """
+    topology, groups = plan.topology, tower_groups(plan)
+    ranks = np.arange(topology.world_size)
+    batch_R = np.asarray(batch_sizes, dtype=np.int64)
+    width_S = np.zeros(topology.world_size, dtype=np.int64)  # bytes per sample
+    ids_SR = np.zeros((topology.world_size, topology.world_size), dtype=np.int64)
+    for table in plan.tables:
+        owner = plan.owner(table.name)
+        width_S[owner] += table.output_bytes_per_sample
+        if id_counts is None:
+            ids_SR[:, owner] += np.rint(batch_R * table.id_bytes_per_sample).astype(np.int64)
+        else:
+            counts_S = np.asarray(id_counts[table.name], dtype=np.int64)
+            ids_SR[:, owner] += ID_BYTES * (counts_S + table.features * batch_R)
+
+    group, position = ranks // groups.local_ranks, ranks % groups.local_ranks
+    group_width = np.bincount(group, width_S, groups.hosts).astype(np.int64)
+    peer_rows = np.bincount(position, batch_R, groups.local_ranks).astype(np.int64)
+    flat_SR = width_S[:, None] * batch_R
+    in_host_SR = width_S[:, None] * peer_rows[position] * (group[:, None] == group)
+    peer_SR = group_width[group][:, None] * batch_R * (position[:, None] == position)
+
+    ids = _hop("ids", "forward", ids_SR, topology)
+    return Traffic(
+        flat=(ids, *_both_directions("flat embeddings", flat_SR, topology)),
+        sptt=(
+            ids,
+            *_both_directions("in-host embeddings", in_host_SR, topology),
+            *_both_directions("peer embeddings", peer_SR, topology),
+        ),
+    )
+
+
+def message_counts(plan: TowerPlan) -> dict[str, dict[str, int]]:
+    """Return how many messages one rank sends to exchange the embeddings of one direction.
+
+    Returns:
+        ``{"flat" or "sptt": {"intra" or "cross": messages}}``. The ids take as many as ``"flat"`` either way.
+
+    Source: "Cost analysis" in section 3 of the DMT paper: ranks - 1 against (local ranks - 1) + (hosts - 1).
+    """
+    topology, groups = plan.topology, tower_groups(plan)
+    intra = topology.local_ranks - 1
+    return {
+        "flat": {"intra": intra, "cross": topology.world_size - topology.local_ranks},
+        "sptt": {"intra": intra, "cross": groups.local_ranks - topology.local_ranks + groups.hosts - 1},
+    }
+
+
+def _both_directions(name: str, bytes_SR: Matrix, topology: Topology) -> tuple[Hop, Hop]:
+    return _hop(name, "forward", bytes_SR, topology), _hop(name, "backward", bytes_SR.T, topology)
+
+
+def _hop(name: str, direction: str, bytes_SR: Matrix, topology: Topology) -> Hop:
+    """Sum a matrix of bytes by link; its diagonal stays on its rank."""
+    host = np.arange(topology.world_size) // topology.local_ranks
+    sent_SR = bytes_SR * ~np.eye(topology.world_size, dtype=bool)
+    intra = int(sent_SR[host[:, None] == host].sum())
+    return Hop(name, direction, intra, int(sent_SR.sum()) - intra, int(sent_SR.sum(axis=1).max()))

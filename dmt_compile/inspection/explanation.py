@@ -1,0 +1,57 @@
+"""Writes an explanation as text."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+if TYPE_CHECKING:
+    from dmt_compile.api import Explanation
+
+
+def explanation_text(explanation: Explanation, width: int = 110) -> str:
+    """Return what was found, the plan, the bytes on each link and the passes, as plain text."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    found, unmatched = explanation.tables, explanation.unmatched
+    console.print(f"Found {len(found)} embedding tables; {len(unmatched)} lookups stay flat.")
+    if explanation.interaction is None:
+        console.print("Interaction: not recognised; SPTT needs the lookups alone.")
+    else:
+        dense = " and one dense vector" if explanation.interaction.dense else ""
+        count = len(explanation.interaction.features)
+        console.print(f"Interaction: {explanation.interaction.kind} over {count} features{dense}.")
+    for item in unmatched:
+        console.print(f"  stays flat: {item.node}: {item.reason}\n    {item.source_line}", soft_wrap=True)
+    console.print(str(explanation.plan), end="")
+    console.print(_links(explanation))
+    console.print(_passes(explanation))
+    console.print(f"Effect on numbers: {explanation.effect.name} ({explanation.effect.explain()}).")
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def _links(explanation: Explanation) -> RichTable:
+    title = f"Bytes per training step, all ranks, local batch {explanation.batch_size}"
+    table = RichTable(title=title, title_justify="left")
+    for column in ("exchange", "inside hosts", "between hosts"):
+        table.add_column(column, justify="left" if column == "exchange" else "right")
+    for name, links in explanation.bytes_per_link.items():
+        table.add_row(name, f"{links['intra']:,}", f"{links['cross']:,}")
+    return table
+
+
+def _passes(explanation: Explanation) -> RichTable:
+    table = RichTable(title="Passes, in order", title_justify="left")
+    for column in ("pass", "effect", "matched", "left alone"):
+        table.add_column(column)
+    for record in explanation.passes:
+        reasons = "; ".join(f"{node}: {reason}" for node, reason in record.report.skipped[:3])
+        more = len(record.report.skipped) - 3
+        effect = record.effect.name if record.report.changed else "-"
+        table.add_row(
+            record.name, effect, str(record.report.matched), reasons + (f" ... {more} more" if more > 0 else "")
+        )
+    return table

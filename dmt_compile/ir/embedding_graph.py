@@ -1,0 +1,125 @@
+"""What the compiler found in a model: tables, the features that read them, and what joins the features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from dmt_compile.plan import TableSpec
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding table: its flat name, graph input and parameter."""
+
+    name: str
+    placeholder: str
+    rows: int
+    dim: int
+    dtype: torch.dtype
+    parameter: torch.Tensor | None = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One lookup of a table: the node that gives its pooled rows, and how."""
+
+    name: str
+    table: str
+    node: str
+    mode: str
+    sparse: bool
+    pooling: float
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """Something that looked like a lookup and stayed as it was: the node, why, and the user's line."""
+
+    node: str
+    reason: str
+    source_line: str
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """How the features meet: ``kind``, the node that joins them, the features in order and the dense vector's node."""
+
+    kind: str
+    node: str
+    features: tuple[str, ...]
+    dense: str | None
+
+
+class EmbeddingGraph:
+    """Tables, features, interaction and over-arch, and who feeds whom.
+
+    ``graph`` is a networkx graph over ``("table", name)``, ``("feature", name)``, ``("interaction", node)`` and
+    ``("over_arch", "output")``, with the dataclasses of this module under the key ``item``.
+    """
+
+    def __init__(self) -> None:
+        self.graph: nx.DiGraph[Any] = nx.DiGraph()
+        self.unmatched: list[Unmatched] = []
+        self.interaction: Interaction | None = None
+        self.checked_inputs: list[str] = []  # graph inputs whose number of samples check_batch compares
+        self.batch_size = 0  # samples of the batch that was captured; 0 where it cannot be seen
+
+    def add_table(self, table: Table) -> None:
+        """Add a table, once."""
+        self.graph.add_node(("table", table.name), item=table)
+
+    def add_feature(self, feature: Feature) -> None:
+        """Add a lookup of a table that was added before."""
+        self.graph.add_edge(("table", feature.table), ("feature", feature.name))
+        self.graph.nodes["feature", feature.name]["item"] = feature
+
+    def set_interaction(self, interaction: Interaction) -> None:
+        """Say what joins the features."""
+        self.interaction = interaction
+        key = ("interaction", interaction.node)
+        self.graph.add_node(key, item=interaction)
+        for name in interaction.features:
+            self.graph.add_edge(("feature", name), key)
+        self.graph.add_edge(key, ("over_arch", "output"))
+
+    @property
+    def tables(self) -> list[Table]:
+        """All tables, in the order they were found."""
+        return [data["item"] for (kind, _), data in self.graph.nodes(data=True) if kind == "table"]
+
+    @property
+    def features(self) -> list[Feature]:
+        """All lookups, in graph order."""
+        return [data["item"] for (kind, _), data in self.graph.nodes(data=True) if kind == "feature"]
+
+    def table_specs(self) -> tuple[TableSpec, ...]:
+        """What the planner needs of each table."""
+        specs = []
+        for table in self.tables:
+            features = [f for f in self.features if f.table == table.name]
+            specs.append(
+                TableSpec(
+                    name=table.name,
+                    rows=table.rows,
+                    dim=table.dim,
+                    dtype=str(table.dtype).removeprefix("torch."),
+                    features=len(features),
+                    pooling=round(sum(f.pooling for f in features) / max(len(features), 1), 3),
+                )
+            )
+        return tuple(specs)
+
+
+def source_line(node: fx.Node) -> str:
+    """Return the user's own line that a node came from: ``file:line: code``."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    for index in range(len(lines) - 1, -1, -1):
+        if lines[index].startswith("File ") and "/torch/nn/" not in lines[index]:
+            where = lines[index].removeprefix("File ").split(", in ")[0].replace('"', "").replace(", line ", ":")
+            return f"{where}: {lines[index + 1]}" if index + 1 < len(lines) else where
+    return "unknown line"

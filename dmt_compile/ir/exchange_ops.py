@@ -1,0 +1,309 @@
+"""The operators that move ids and embeddings between ranks, and keep replicas equal.
+
+One graph serves every rank: what differs (who owns which table, how many samples each rank has) is in the layout and in
+the step's route. Steps (a) to (f) are those of section 3.1 of the DMT paper.
+
+Shape suffixes: B samples of this rank, G samples of all ranks, P samples of this rank's peers, W columns of several
+features side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dmt_compile.errors import CollectiveError
+from dmt_compile.ir.ops import FreshSizes, operator, requires_grad
+from dmt_compile.runtime import world as runtime
+from dmt_compile.runtime.checks import Fault, bag_lengths, find_fault
+from dmt_compile.runtime.route import HEADER_FIELDS, Layout, Route, make_layout
+
+
+@dataclass(frozen=True)
+class FakeRoute:
+    """A route whose sizes are symbols."""
+
+    layout: Layout
+    batch_size: Any
+    global_batch_size: Any
+
+
+# ------------------------------------------------------------------------------------------- ids to the tables' owners
+
+
+@operator(lambda sizes, *args: make_layout(*args))
+def layout(hosts: int, local_ranks: int, owners: tuple[int, ...], widths: tuple[int, ...]) -> Layout:
+    """Return the static layout: tower groups x ranks in a group, each feature's owner and width."""
+    return make_layout(hosts, local_ranks, owners, widths)
+
+
+def _fake_pack_ids(sizes: FreshSizes, layout: Any, ids: Any, offsets: Any, *rest: Any) -> Any:
+    world, fields = layout.topology.world_size, len(HEADER_FIELDS) + layout.most_features
+    return ids[0].new_empty(sizes.make(), dtype=torch.int64), torch.empty(world, fields, dtype=torch.int64)
+
+
+@operator(_fake_pack_ids)
+def pack_ids(
+    layout: Layout,
+    ids: Sequence[torch.Tensor],
+    offsets: Sequence[torch.Tensor],
+    others: Sequence[torch.Tensor],
+    rows: tuple[int, ...],
+    check_ids: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return this rank's bag lengths and ids, by owner, and the header that announces them.
+
+    A fault in the batch does not raise here: it rides in the header, so that every rank raises it.
+
+    Returns:
+        1-D int64 payload, for each owner its features' bag lengths, then their ids; and the (ranks, fields) int64
+        header on the CPU.
+    """
+    execution = runtime.current()
+    fault = find_fault(ids, offsets, others, rows, check_ids)
+    words = (execution.fingerprint, len(offsets[0]), *_fault_words(fault), execution.checksum())
+    header = torch.zeros(layout.topology.world_size, len(HEADER_FIELDS) + layout.most_features, dtype=torch.int64)
+    header[:, : len(words)] = torch.tensor(words)
+    if fault is not None:
+        return ids[0].new_empty(0, dtype=torch.int64), header
+    lengths_FB = bag_lengths(ids, offsets)
+    pieces: list[torch.Tensor] = []
+    for rank, features in enumerate(layout.features_by_rank):
+        counts = torch.tensor([len(ids[i]) for i in features], dtype=torch.int64)
+        header[rank, len(words) : len(words) + len(features)] = counts
+        pieces += [lengths_FB[i] for i in features] + [ids[i].long() for i in features]
+    return torch.cat(pieces), header
+
+
+def _fault_words(fault: Fault | None) -> tuple[int, int, int, int]:
+    return (0, 0, 0, 0) if fault is None else (fault.kind, fault.feature, fault.position, fault.value)
+
+
+@operator(lambda sizes, header, *rest: torch.empty_like(header), collective=True)
+def exchange_headers(header: torch.Tensor, rows: tuple[int, ...], labels: tuple[str, ...]) -> torch.Tensor:
+    """Exchange one header row with every rank and raise, on all ranks alike, what any of them found.
+
+    Returns:
+        (ranks, fields) int64 on the CPU: row ``s`` is what rank ``s`` announced to this rank.
+
+    Raises:
+        BatchError: a rank's batch is faulty.
+        CollectiveError: ranks run different programs, or their dense replicas drifted apart.
+    """
+    world = runtime.current().world
+    ranks, fields = header.shape
+    each = [fields] * ranks
+    sent = header.reshape(-1).to(world.device)
+    headers = world.all_to_all(sent, each, each, "world", "exchange_headers", "forward").reshape(ranks, fields).cpu()
+    check_headers(headers, rows, labels)
+    return headers
+
+
+def check_headers(headers: torch.Tensor, rows: tuple[int, ...], labels: tuple[str, ...]) -> None:
+    """Raise what the headers of all ranks report; equal on every rank."""
+    columns = {name: headers[:, i].tolist() for i, name in enumerate(HEADER_FIELDS)}
+    other = [rank for rank, value in enumerate(columns["fingerprint"]) if value != columns["fingerprint"][0]]
+    if other:
+        raise CollectiveError(
+            "exchange_headers: expected the same program on every rank, "
+            f"found another one than rank 0's on ranks {other}; "
+            "give every rank the same model, options, mode (train or eval) and grad mode"
+        )
+    for rank, kind in enumerate(columns["fault"]):
+        if kind:
+            fault = Fault(kind, *(columns[name][rank] for name in ("feature", "position", "value")))
+            raise fault.error(labels, rows, f" of rank {rank}'s batch")
+    if len(set(columns["checksum"])) > 1:
+        raise CollectiveError(
+            "exchange_headers: expected equal dense parameters on every rank, found that they differ; update them "
+            "alike on every rank (clip with dmt_compile.clip_grad_norm_, step the same optimizer)"
+        )
+
+
+def _fake_route(sizes: FreshSizes, layout: Any, sent: Any, received: Any, batch_size: Any) -> Any:
+    return FakeRoute(layout, batch_size, sizes.make())
+
+
+@operator(_fake_route)
+def route(layout: Layout, sent: torch.Tensor, received: torch.Tensor, batch_size: int) -> Route:
+    """Return the sizes of this step's exchanges from the headers that this rank sent and received."""
+    rank, first = runtime.current().world.rank, len(HEADER_FIELDS)
+    rows: list[list[int]] = received.tolist()
+    mine = len(layout.features_by_rank[rank])
+    return Route(
+        layout=layout,
+        rank=rank,
+        batch_sizes=tuple(row[HEADER_FIELDS.index("batch_size")] for row in rows),
+        sent_ids=tuple(sent[:, first:].sum(1).tolist()),
+        received_ids=tuple(tuple(row[first : first + mine]) for row in rows),
+    )
+
+
+def _fake_all_to_all(sizes: FreshSizes, tensor: Any, *rest: Any) -> Any:
+    return requires_grad(tensor.new_empty(sizes.make()), tensor)
+
+
+@operator(_fake_all_to_all, collective=True)
+def all_to_all(tensor: torch.Tensor, route: Route, hop: str, group: str, dtype: str) -> torch.Tensor:
+    """Exchange row blocks of ``tensor`` with the ranks of ``group``; the gradient goes back the same way.
+
+    Args:
+        tensor: contiguous; its elements in the order of the group's ranks.
+        route: holds the element counts of ``hop``.
+        hop: ``ids`` (step a), ``intra`` (step d) or ``peer`` (step f).
+        group: ``world``, ``intra`` or ``peer``.
+        dtype: the element type on the wire; equal to the tensor's.
+
+    Returns:
+        1-D received elements, in the order of the group's ranks.
+    """
+    send, receive = route.sizes(hop)
+    sent = tensor.reshape(-1)
+    if not sent.requires_grad:
+        return runtime.current().world.all_to_all(sent, send, receive, group, hop, "forward")
+    out: torch.Tensor = _AllToAll.apply(sent, runtime.current().world, send, receive, group, hop)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, sent: torch.Tensor, world: runtime.World, send: list[int], receive: list[int], group: str, hop: str
+    ) -> torch.Tensor:
+        ctx.saved = world, send, receive, group, hop
+        return world.all_to_all(sent, send, receive, group, hop, "forward")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        world, send, receive, group, hop = ctx.saved
+        back = world.all_to_all(grads[0].contiguous(), receive, send, group, hop, "backward")
+        return back, None, None, None, None, None
+
+
+def _fake_unpack_ids(sizes: FreshSizes, received: Any, route: Any) -> Any:
+    out: list[Any] = []
+    for _ in route.layout.owners:
+        out += [received.new_empty(sizes.make()), received.new_empty(route.global_batch_size)]
+    return tuple(out)
+
+
+@operator(_fake_unpack_ids)
+def unpack_ids(received: torch.Tensor, route: Route) -> tuple[torch.Tensor | None, ...]:
+    """Return (ids, offsets) of every feature over the samples of all ranks, in rank order.
+
+    Returns:
+        2F entries: ids (N,) and offsets (G,) int64 of each feature; ``None`` twice where another rank owns it.
+    """
+    features = route.layout.features_by_rank[route.rank]
+    sizes = [
+        size
+        for batch_size, counts in zip(route.batch_sizes, route.received_ids, strict=True)
+        for size in (*(batch_size for _ in features), *counts)
+    ]
+    pieces = received.split(sizes)
+    out: list[torch.Tensor | None] = [None] * (2 * len(route.layout.owners))
+    for position, feature in enumerate(features):
+        lengths_G = torch.cat(pieces[position :: 2 * len(features)])
+        out[2 * feature] = torch.cat(pieces[len(features) + position :: 2 * len(features)])
+        out[2 * feature + 1] = lengths_G.cumsum(0) - lengths_G
+    return tuple(out)
+
+
+# ------------------------------------------------------------------------------------------------ embeddings to samples
+
+
+def _fake_join_features(sizes: FreshSizes, pooled: Any, route: Any) -> Any:
+    return requires_grad(pooled[0].new_empty(route.global_batch_size, sizes.make()), *pooled)
+
+
+@operator(_fake_join_features)
+def join_features(pooled: Sequence[torch.Tensor], route: Route) -> torch.Tensor:
+    """Return the pooled features that this rank owns side by side, (G, W), rows in rank order (end of step b)."""
+    owned = [pooled[feature] for feature in route.layout.features_by_rank[route.rank]]
+    if owned:
+        return torch.cat(owned, dim=1)
+    # Nothing owned: no columns, but still a part of the backward pass, in which all ranks exchange gradients.
+    return pooled[0].new_empty(route.global_batch_size, 0) + torch.stack([part.sum() for part in pooled]).sum()
+
+
+@operator(lambda sizes, joined, route: joined.clone())
+def peer_permute(joined_GW: torch.Tensor, route: Route) -> torch.Tensor:
+    """Return the rows in peer order, so that each local rank's samples are one block (step c)."""
+    order = route.layout.topology.peer_order()
+    blocks = joined_GW.split(list(route.batch_sizes))
+    return torch.cat([blocks[rank] for rank in order])
+
+
+def _fake_join_blocks(sizes: FreshSizes, received: Any, route: Any, hop: str) -> Any:
+    if hop == "peer" or route.layout.topology.hosts == 1:
+        return requires_grad(received.new_empty(route.batch_size, sum(route.layout.widths)), received)
+    return requires_grad(received.new_empty(sizes.make(), sizes.make()), received)
+
+
+@operator(_fake_join_blocks)
+def join_blocks(received: torch.Tensor, route: Route, hop: str) -> torch.Tensor:
+    """Lay the blocks that a hop delivered side by side: (P, W) after ``intra`` (step e), (B, W) after ``peer``."""
+    rows = route.block_rows(hop)
+    blocks = received.split(route.sizes(hop)[1])
+    widths = route.block_widths(hop)
+    return torch.cat([block.view(rows, width) for block, width in zip(blocks, widths, strict=True)], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.factor, None
+
+
+@operator(lambda sizes, tensor, factor: tensor.view_as(tensor))
+def scale_gradient(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return the tensor as it is; its gradient is multiplied by ``factor``.
+
+    The objective is the mean over ranks of each rank's loss, so every gradient carries 1 / number of ranks.
+    """
+    out: torch.Tensor = _ScaleGradient.apply(tensor, factor)  # type: ignore[no-untyped-call]
+    return out
+
+
+@operator(lambda sizes, tensors, group: tuple(t.view_as(t) for t in tensors), collective=True)
+def synchronize(tensors: Sequence[torch.Tensor], group: str) -> tuple[torch.Tensor, ...]:
+    """Return dense parameters as they are; their gradients are averaged over all ranks in one all-reduce.
+
+    Cost: the parameters' bytes, twice across each link of a ring, once per backward pass.
+    """
+    out: tuple[torch.Tensor, ...] = _Synchronize.apply(runtime.current().world, *tensors)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Synchronize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, world: runtime.World, *tensors: torch.Tensor) -> Any:
+        ctx.world = world
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        ctx.world.all_reduce(flat, "synchronize")
+        flat /= ctx.world.topology.world_size
+        parts = flat.split([grad.numel() for grad in grads])
+        return None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
+
+
+@operator(lambda sizes, tensors, group: tuple(tensors), collective=True)
+def broadcast_buffers(tensors: Sequence[torch.Tensor], group: str) -> tuple[torch.Tensor, ...]:
+    """Overwrite buffers with rank 0's and return them, as DDP does before each training forward."""
+    for tensor in tensors:
+        runtime.current().world.broadcast(tensor, "broadcast_buffers")
+    return tuple(tensors)

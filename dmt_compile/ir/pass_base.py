@@ -1,0 +1,149 @@
+"""The contract of a pass: a frozen dataclass that rewrites a graph and reports what it did.
+
+A pass never verifies, times, logs graphs or reads the environment: the driver in ``pipeline.py`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from dmt_compile.config import Options
+from dmt_compile.errors import UnsupportedGraphError
+from dmt_compile.ir.embedding_graph import EmbeddingGraph, Unmatched, source_line
+from dmt_compile.ir.metadata import FakeEnvironment
+from dmt_compile.ir.stages import Effect, Stage
+from dmt_compile.plan import TableSpec, TowerPlan
+from dmt_compile.topology import Topology
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What a pass did: whether it changed the graph, how many matches, what it left alone and why.
+
+    ``skipped`` holds (node, reason); ``effect`` is the pass's own unless this run had a weaker or stronger one.
+    """
+
+    changed: bool
+    matched: int = 0
+    skipped: tuple[tuple[str, str], ...] = ()
+    effect: Effect | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class PassContext:
+    """What passes share: options, topology, the embedding graph and the parameters behind the graph's inputs.
+
+    Args:
+        options: the user's.
+        topology: hosts x local ranks of the run, simulated or real.
+        flat_names: graph input -> flat parameter or buffer name; for the batch, the variable that the user passed.
+        parameters: graph input -> the real parameter or buffer.
+        inputs: graph input -> the real value of the batch that is being compiled for.
+        choose_plan: returns the plan for the model's tables; the same on every rank.
+        training: gradients are enabled.
+    """
+
+    options: Options
+    topology: Topology
+    flat_names: dict[str, str]
+    parameters: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
+    choose_plan: Callable[[tuple[TableSpec, ...]], TowerPlan]
+    training: bool
+    environment: FakeEnvironment = field(default_factory=FakeEnvironment)
+    embedding_graph: EmbeddingGraph = field(default_factory=EmbeddingGraph)
+    plan: TowerPlan | None = None
+
+    @property
+    def distributed(self) -> bool:
+        """More than one rank runs the program."""
+        return self.topology.world_size > 1
+
+    def call(self, gm: fx.GraphModule, target: Callable[..., Any], *args: Any, like: fx.Node | None = None) -> fx.Node:
+        """Insert a call at the graph's insertion point, with its metadata; ``like`` gives the user's source line."""
+        node = gm.graph.call_function(target, args)
+        node.meta["val"] = self.environment.derive(node, gm)
+        if like is not None and "stack_trace" in like.meta:
+            node.meta["stack_trace"] = like.meta["stack_trace"]
+        return node
+
+    def leave(self, node: fx.Node, reason: str, pass_name: str) -> tuple[str, str]:
+        """Record that something stays as it is; an error in strict mode.
+
+        Raises:
+            UnsupportedGraphError: ``strict`` is set.
+        """
+        line = source_line(node)
+        if self.options.strict:
+            raise UnsupportedGraphError(
+                f"{pass_name}: expected a region that can be rewritten for {node.name}, found that {reason} ({line}); "
+                "change the line or drop strict=True"
+            )
+        self.embedding_graph.unmatched.append(Unmatched(node.name, reason, line))
+        return node.name, reason
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes; fields of a subclass are its options."""
+
+    name: ClassVar[str]
+    effect: ClassVar[Effect] = Effect.EXACT
+    needs: ClassVar[Stage]
+    gives: ClassVar[Stage]
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassReport:
+        """Rewrite ``gm`` in place."""
+        raise NotImplementedError
+
+
+def calls(gm: fx.GraphModule, *targets: Callable[..., Any]) -> list[fx.Node]:
+    """Return the nodes that call one of ``targets``, in graph order."""
+    return [node for node in gm.graph.nodes if node.op == "call_function" and node.target in targets]
+
+
+def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the graph's inputs."""
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Return all nodes that ``nodes`` depend on, themselves included."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def sort_graph(gm: fx.GraphModule) -> None:
+    """Put the nodes into an order in which each stands after its inputs, disturbing the present order least."""
+    nodes = list(gm.graph.nodes)
+    done: set[fx.Node] = set()
+    ordered: list[fx.Node] = []
+    for root in nodes:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            waiting = [n for n in node.all_input_nodes if n not in done]
+            if node in done:
+                stack.pop()
+            elif waiting:
+                stack.extend(reversed(waiting))
+            else:
+                done.add(node)
+                ordered.append(node)
+                stack.pop()
+    for before, after in pairwise(ordered):
+        if before.next is not after:
+            before.append(after)

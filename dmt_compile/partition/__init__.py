@@ -1,0 +1,1 @@
+"""Which tables form which tower, and which rank owns which table."""

@@ -1,0 +1,217 @@
+"""Spread items with two weights (load and memory) over equal bins, deterministically.
+
+Searches run one after the other until one meets a bound, and the best assignment that any of them met is taken: greedy
+ones, pairwise exchanges from their results, and, for small problems that are still open, an integer program. Work is bounded by counts,
+never by time, so that every machine finds the same assignment.
+
+Shape suffixes: N items, B bins, R = 2 resources (load, memory).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array, eye_array, hstack, kron, vstack
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# Peaks that differ by less than this part of the mean count as equal: then the other resource decides.
+RESOLUTION = 0.01
+# Beyond this many unknowns (N x B) HiGHS may search for seconds, which a node limit does not bound.
+MILP_MAX_UNKNOWNS = 64
+# No time limit: it would make the result depend on the machine.
+MILP_OPTIONS = {"node_limit": 100, "mip_rel_gap": RESOLUTION}
+# What bounds the exchanges: sweeps over the bins, exchanges in all, and the items of one bin and of all others that are
+# weighed against each other.
+SWEEPS = 3
+MAX_EXCHANGES = 400
+MAX_CANDIDATES = 16, 256
+
+
+def balance(loads: Sequence[float], memories: Sequence[float], bins: int) -> list[int]:
+    """Assign each item to a bin so that the largest bin is as small as found possible.
+
+    Args:
+        loads: load of each item, any unit, not negative.
+        memories: memory of each item, any unit, not negative.
+        bins: number of bins, at least 1.
+
+    Returns:
+        The bin of each item; bins are numbered in the order of their first items. Of the two peaks that
+        :func:`imbalance` returns, the larger is minimised, then the other, then the spread over the bins.
+    """
+    if bins == 1 or not loads:
+        return [0] * len(loads)
+    weights_NR = _relative_weights(loads, memories, bins)
+    bound = _lower_bound(weights_NR, bins)
+    found: list[Ints] = [np.arange(len(loads)) % bins]  # strided: so that the result is never worse
+    reached = np.inf
+    for by_peak in (False, True):
+        if reached > bound + RESOLUTION:
+            found.append(_greedy(weights_NR, bins, by_peak))
+            found.append(_exchange(weights_NR, found[-1], bins, squarings=2))
+            found.append(_exchange(weights_NR, found[-1], bins, squarings=4))
+            reached = min(_peak(weights_NR, assignment, bins) for assignment in found)
+    if reached > bound + RESOLUTION and len(loads) * bins <= MILP_MAX_UNKNOWNS:
+        solved = _integer_program(weights_NR, bins, bound, reached)
+        found += [] if solved is None else [solved, _exchange(weights_NR, solved, bins, squarings=4)]
+    best = min(found, key=lambda assignment: _key(weights_NR, assignment, bins)).tolist()
+    numbers = {old: new for new, old in enumerate(dict.fromkeys(best))}
+    return [numbers[old] for old in best]
+
+
+def imbalance(
+    loads: Sequence[float], memories: Sequence[float], assignment: Sequence[int], bins: int
+) -> tuple[float, float]:
+    """Return the largest load and the largest memory of a bin, each relative to the mean over all bins.
+
+    Args:
+        loads: load of each item, any unit.
+        memories: memory of each item, any unit.
+        assignment: the bin of each item.
+        bins: number of bins.
+
+    Returns:
+        (load, memory); 1 is perfect balance, 0 means that no item needs any.
+    """
+    weights_NR = _relative_weights(loads, memories, bins)
+    load, memory = _totals(weights_NR, np.asarray(assignment, dtype=np.int64), bins).max(axis=0)
+    return float(load), float(memory)
+
+
+def _relative_weights(loads: Sequence[float], memories: Sequence[float], bins: int) -> Floats:
+    """Scale both resources so that the mean bin holds 1 of each."""
+    weights_NR = np.array([loads, memories], dtype=np.float64).T.reshape(-1, 2)
+    means_R = weights_NR.sum(axis=0) / bins
+    return weights_NR / np.where(means_R > 0, means_R, 1)
+
+
+def _totals(weights_NR: Floats, assignment: Ints, bins: int) -> Floats:
+    return np.stack([np.bincount(assignment, weights_NR[:, r], bins) for r in range(2)], axis=1)
+
+
+def _key(weights_NR: Floats, assignment: Ints, bins: int) -> tuple[int, int, float]:
+    """Order assignments, the best first: by the larger peak, the sum of both peaks, the spread."""
+    totals_BR = _totals(weights_NR, assignment, bins)
+    peaks_R = totals_BR.max(axis=0)
+    spread = round(float((totals_BR**2).sum()), 9)
+    return round(float(peaks_R.max()) / RESOLUTION), round(float(peaks_R.sum()) / RESOLUTION), spread
+
+
+def _peak(weights_NR: Floats, assignment: Ints, bins: int) -> float:
+    return float(_totals(weights_NR, assignment, bins).max())
+
+
+def _lower_bound(weights_NR: Floats, bins: int) -> float:
+    """Return a larger peak that no assignment can beat."""
+    bound = max(1.0, weights_NR.max())
+    if len(weights_NR) > bins:  # two of the B + 1 largest items must share a bin
+        largest_NR = np.sort(weights_NR, axis=0)[::-1]
+        bound = max(bound, (largest_NR[bins - 1] + largest_NR[bins]).max())
+    return float(bound)
+
+
+def _greedy(weights_NR: Floats, bins: int, by_peak: bool) -> Ints:
+    """Place the largest items first, each where the fuller resource stays lowest, or the sum of squares grows least."""
+    totals_BR = np.zeros((bins, 2))
+    assignment = np.zeros(len(weights_NR), dtype=np.int64)
+    for item in np.argsort(-weights_NR.max(axis=1), kind="stable"):
+        cost_B = (totals_BR + weights_NR[item]).max(axis=1) if by_peak else totals_BR @ weights_NR[item]
+        assignment[item] = target = np.round(cost_B, 12).argmin()
+        totals_BR[target] += weights_NR[item]
+    return assignment
+
+
+def _strain(totals: Floats, squarings: int) -> Floats:
+    """Sum a high power over resources: the higher, the closer to the peak, and the less is made of what is below it."""
+    power = totals
+    for _ in range(squarings):
+        power = power * power
+    return np.asarray(power.sum(axis=-1))
+
+
+def _exchange(weights_NR: Floats, assignment: Ints, bins: int, squarings: int) -> Ints:
+    """Move one item, or swap two, between one bin and any other, the fullest bins first, while that lowers strain."""
+    assignment = assignment.copy()
+    left = MAX_EXCHANGES
+    for _ in range(SWEEPS):
+        before = left
+        strain_B = _strain(_totals(weights_NR, assignment, bins), squarings)
+        for bin_ in np.argsort(-strain_B, kind="stable"):
+            while left and _improve(weights_NR, assignment, bins, bin_, squarings):
+                left -= 1
+        if left == before:
+            break
+    return assignment
+
+
+def _improve(weights_NR: Floats, assignment: Ints, bins: int, bin_: int, squarings: int) -> bool:
+    """Apply the best exchange between ``bin_`` and any other one; tell whether there was one that helps."""
+    inside, outside = np.flatnonzero(assignment == bin_), np.flatnonzero(assignment != bin_)
+    if not len(inside):
+        return False
+    inside, outside = (
+        items[:: -(-len(items) // most) or 1] for items, most in zip((inside, outside), MAX_CANDIDATES, strict=True)
+    )
+    other_bins = np.delete(np.arange(bins), bin_)
+    # A move is a swap with an item of no weight.
+    partners_KR = np.concatenate([np.zeros((bins - 1, 2)), weights_NR[outside]])
+    partner_bins_K = np.concatenate([other_bins, assignment[outside]])
+    shifted_IKR = weights_NR[inside][:, None] - partners_KR
+    totals_BR = _totals(weights_NR, assignment, bins)
+    strain_B = _strain(totals_BR, squarings)
+    before_K = strain_B[bin_] + strain_B[partner_bins_K]
+    gain_IK = before_K - (
+        _strain(totals_BR[bin_] - shifted_IKR, squarings) + _strain(totals_BR[partner_bins_K] + shifted_IKR, squarings)
+    )
+    gain_IK[gain_IK <= 1e-9 * before_K] = 0  # rounding, not a gain
+    item, partner = np.unravel_index(int(gain_IK.argmax()), gain_IK.shape)
+    if gain_IK[item, partner] <= 0:
+        return False
+    assignment[inside[item]] = partner_bins_K[partner]
+    if partner >= len(other_bins):
+        assignment[outside[partner - len(other_bins)]] = bin_
+    return True
+
+
+def _integer_program(weights_NR: Floats, bins: int, bound: float, reached: float) -> Ints | None:
+    """Solve the assignment as a mixed-integer program with HiGHS.
+
+    Args:
+        weights_NR: relative weights.
+        bins: number of bins.
+        bound: a peak that cannot be beaten; the solver stops near it.
+        reached: a peak that is already reached; only better ones are looked for.
+
+    Returns:
+        The bin of each item, or ``None`` where nothing better was found within the node limit.
+
+    Unknowns: x[i, b] = item i is in bin b; then the larger peak, which is minimised.
+    """
+    items = len(weights_NR)
+    order = np.argsort(-weights_NR.max(axis=1), kind="stable")
+    # Weights over ten orders of magnitude make HiGHS slow and inexact; what is rounded away cannot move a peak.
+    rounded_NR = np.round(weights_NR[order], 4)
+    placed_once = hstack([kron(eye_array(items), np.ones((1, bins))), csr_array((items, 1))])
+    bin_totals = [hstack([kron(rounded_NR[:, r][None], eye_array(bins)), -np.ones((bins, 1))]) for r in range(2)]
+    # Bins are alike, so item k may be kept to the first k + 1 of them: mirrored solutions are not searched again.
+    allowed = np.tril(np.ones((items, bins))).ravel()
+    solution = milp(
+        np.append(np.zeros(items * bins), 1.0),
+        integrality=np.append(np.ones(items * bins), 0.0),
+        bounds=Bounds(np.append(np.zeros(items * bins), bound), np.append(allowed, reached)),
+        constraints=[
+            LinearConstraint(placed_once, 1.0, 1.0),
+            LinearConstraint(vstack(bin_totals), -np.inf, 0.0),
+        ],
+        options=MILP_OPTIONS,
+    )
+    if solution.x is None:
+        return None
+    assignment = np.empty(items, dtype=np.int64)
+    assignment[order] = solution.x[:-1].reshape(items, bins).argmax(axis=1)
+    return assignment

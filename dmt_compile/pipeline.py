@@ -1,0 +1,109 @@
+"""The driver: runs the passes in their one order, verifies after each, times, dumps and reports."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import fx
+
+from dmt_compile.config import Options
+from dmt_compile.inspection.dumps import GraphDump
+from dmt_compile.ir.pass_base import Pass, PassContext, PassReport
+from dmt_compile.ir.stages import Effect, Stage
+from dmt_compile.ir.verifier import verify
+from dmt_compile.passes.batch_lookups import BatchLookups
+from dmt_compile.passes.compile_dense_regions import CompileDenseRegions
+from dmt_compile.passes.find_interaction import FindInteraction
+from dmt_compile.passes.find_tables import FindTables
+from dmt_compile.passes.lower_to_sptt import LowerToSptt
+from dmt_compile.passes.normalize_graph import NormalizeGraph
+from dmt_compile.passes.partition_towers import PartitionTowers
+from dmt_compile.passes.place_tables import PlaceTables
+from dmt_compile.passes.sync_dense_gradients import SyncDenseGradients
+
+logger = logging.getLogger(__name__)
+
+
+def passes_in_order(options: Options) -> tuple[Pass, ...]:
+    """Return the one order of passes; a test asserts it."""
+    return (
+        NormalizeGraph(),  # before anything matches: one form for sizes and views
+        FindTables(),  # names what all later passes speak of
+        FindInteraction(),  # needs the features
+        PartitionTowers(),  # needs the tables, and the interaction once towers are chosen by affinity
+        PlaceTables(),  # needs the towers
+        LowerToSptt(),  # needs the placements
+        SyncDenseGradients(),  # after the exchanges: whatever is still a trained input is dense
+        BatchLookups(),  # after the exchanges: fuses what is left on a rank
+        CompileDenseRegions(options.dense_compiler),  # last: the graph is no longer rewritten
+    )
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass of one pipeline run."""
+
+    name: str
+    effect: Effect
+    seconds: float
+    report: PassReport
+
+
+@dataclass(frozen=True)
+class PipelineReport:
+    """What ran; ``effect`` is the strongest effect among the passes that changed the graph."""
+
+    records: tuple[PassRecord, ...]
+
+    @property
+    def effect(self) -> Effect:
+        """The strongest effect that ran."""
+        return max((record.effect for record in self.records if record.report.changed), default=Effect.EXACT)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        return {
+            "effect": self.effect.name,
+            "passes": [
+                {"name": r.name, "effect": r.effect.name, "seconds": round(r.seconds, 4), **asdict(r.report)}
+                for r in self.records
+            ],
+        }
+
+
+def run_pipeline(
+    gm: fx.GraphModule, ctx: PassContext, until: Stage = Stage.LOWERED, dump: GraphDump | None = None
+) -> PipelineReport:
+    """Run the passes on ``gm`` in place, up to those that lead beyond stage ``until``.
+
+    Raises:
+        DmtError: from a pass or the verifier.
+    """
+    records: list[PassRecord] = []
+    ctx.environment.annotate(gm)
+    if ctx.options.verify:
+        verify(gm, ctx, Stage.CAPTURED, "capture")
+    for number, step in enumerate(passes_in_order(ctx.options)):
+        if step.gives > until:
+            break
+        if dump is not None:
+            dump.before(number, step.name, gm)
+        start = time.perf_counter()
+        report = step.run(gm, ctx)
+        seconds = time.perf_counter() - start
+        effect = step.effect if report.effect is None else report.effect
+        records.append(PassRecord(step.name, effect, seconds, report))
+        logger.debug("%s: matched %d, skipped %s, %.3f s", step.name, report.matched, report.skipped, seconds)
+        if report.changed:
+            gm.recompile()
+        if dump is not None:
+            dump.after(number, step.name, gm)
+        if ctx.options.verify:
+            verify(gm, ctx, step.gives, step.name)
+    result = PipelineReport(tuple(records))
+    if dump is not None:
+        dump.report(result.as_dict())
+    return result

@@ -1,0 +1,259 @@
+"""The tower plan: which tables form which tower, and which rank owns which rows and columns of each table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dmt_compile.errors import PlanError
+from dmt_compile.topology import Topology
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """What the planner knows of one embedding table.
+
+    Args:
+        name: the flat model's parameter name without ``.weight``, such as ``emb.3``.
+        rows: number of embeddings.
+        dim: width of one embedding.
+        dtype: element type, such as ``float32``.
+        features: lookups per sample that read this table (2 for a table shared by two features).
+        pooling: mean ids per bag, measured on the planning batch.
+    """
+
+    name: str
+    rows: int
+    dim: int
+    dtype: str = "float32"
+    features: int = 1
+    pooling: float = 1.0
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element."""
+        import torch
+
+        return int(getattr(torch, self.dtype).itemsize)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the table's weights, without optimizer state."""
+        return self.rows * self.dim * self.element_bytes
+
+    @property
+    def output_bytes_per_sample(self) -> int:
+        """Bytes of pooled embeddings that one sample takes from this table."""
+        return self.features * self.dim * self.element_bytes
+
+    @property
+    def id_bytes_per_sample(self) -> float:
+        """Bytes of ids and bag lengths that one sample sends to this table's owner (int64 on the wire)."""
+        return self.features * 8 * (self.pooling + 1)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rectangular part of a table on one rank; ``rows`` and ``columns`` are half-open ranges."""
+
+    rank: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A group of tables that live together on the hosts ``hosts``.
+
+    ``output_width`` is the number of columns that the tower sends to each sample: the sum of its features' widths
+    where no Tower Module compresses them.
+    """
+
+    name: str
+    tables: tuple[str, ...]
+    hosts: tuple[int, ...]
+    output_width: int
+
+
+@dataclass(frozen=True)
+class TowerPlan:
+    """Towers, placements and the topology they were made for; equal on every rank, saved as readable JSON."""
+
+    topology: Topology
+    tables: tuple[TableSpec, ...]
+    towers: tuple[Tower, ...]
+    placements: dict[str, tuple[Shard, ...]]
+    partition: str = "balanced"
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        names = [table.name for table in self.tables]
+        in_towers = [name for tower in self.towers for name in tower.tables]
+        extra = sorted((set(in_towers) | self.placements.keys()) - set(names))
+        if extra or sorted(in_towers) != sorted(names):
+            missing = sorted(set(names) - set(in_towers))
+            twice = sorted({name for name in in_towers if in_towers.count(name) > 1})
+            raise PlanError(
+                "plan: expected every table in exactly one tower, found "
+                f"missing {missing}, unknown {extra}, in two towers {twice}"
+            )
+        for tower in self.towers:
+            bad = [host for host in tower.hosts if not 0 <= host < self.topology.hosts]
+            if bad or not tower.hosts:
+                raise PlanError(
+                    f"plan: expected hosts below {self.topology.hosts} for {tower.name}, found {tower.hosts}"
+                )
+        for table in self.tables:
+            shards = self.placements.get(table.name, ())
+            area = 0
+            for shard in shards:
+                (r0, r1), (c0, c1) = shard.rows, shard.columns
+                inside = 0 <= r0 <= r1 <= table.rows and 0 <= c0 <= c1 <= table.dim
+                hosts = self.tower_of(table.name).hosts
+                known = 0 <= shard.rank < self.topology.world_size
+                if not inside or not known or self.topology.host_of(shard.rank) not in hosts:
+                    raise PlanError(
+                        f"plan: expected shards of {table.name} inside {table.rows}x{table.dim} on the ranks of hosts "
+                        f"{hosts}, found rows {shard.rows} columns {shard.columns} on rank {shard.rank}"
+                    )
+                area += (r1 - r0) * (c1 - c0)
+            overlap = any(
+                a is not b
+                and max(a.rows[0], b.rows[0]) < min(a.rows[1], b.rows[1])
+                and max(a.columns[0], b.columns[0]) < min(a.columns[1], b.columns[1])
+                for a in shards
+                for b in shards
+            )
+            if area != table.rows * table.dim or overlap:
+                raise PlanError(
+                    f"plan: expected the shards of {table.name} to cover its {table.rows}x{table.dim} elements once, "
+                    f"found {[(s.rank, s.rows, s.columns) for s in shards]}"
+                )
+
+    def tower_of(self, table: str) -> Tower:
+        """The tower that holds ``table``.
+
+        Raises:
+            PlanError: no tower holds it.
+        """
+        for tower in self.towers:
+            if table in tower.tables:
+                return tower
+        raise PlanError(f"plan: expected a tower for table {table}, found none; the plan belongs to another model")
+
+    def owner(self, table: str) -> int:
+        """The one rank that holds all of ``table``.
+
+        Raises:
+            PlanError: the table is split over several ranks.
+        """
+        shards = self.placements[table]
+        if len(shards) != 1:
+            raise PlanError(f"plan: expected one shard for table {table}, found {len(shards)}")
+        return shards[0].rank
+
+    @property
+    def fingerprint(self) -> int:
+        """A 62-bit hash of the plan's content; ranks compare it."""
+        return int.from_bytes(hashlib.sha256(self.to_json().encode()).digest()[:8], "big") >> 2
+
+    def check_tables(self, tables: tuple[TableSpec, ...]) -> None:
+        """Compare the plan with a model's tables.
+
+        Raises:
+            PlanError: a name, shape or element type differs.
+        """
+        mine = {t.name: (t.rows, t.dim, t.dtype) for t in self.tables}
+        theirs = {t.name: (t.rows, t.dim, t.dtype) for t in tables}
+        if mine != theirs:
+            differing = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+            first = differing[0]
+            raise PlanError(
+                f"plan: expected table {first} as (rows, dim, dtype) = {mine.get(first)}, found {theirs.get(first)} "
+                f"({len(differing)} tables differ); the plan was made for another model, make a new one with "
+                "dmt_compile.plan"
+            )
+
+    def to_json(self) -> str:
+        """The plan as versioned JSON: one table, tower and shard a line, so that two plans can be diffed."""
+
+        def rows(items: list[str]) -> str:
+            return "[\n" + ",\n".join("    " + item for item in items) + "\n  ]" if items else "[]"
+
+        placements = [
+            json.dumps({"table": name, **asdict(shard)})
+            for name in sorted(self.placements)
+            for shard in self.placements[name]
+        ]
+        return (
+            "{\n"
+            f'  "version": {PLAN_VERSION},\n'
+            f'  "topology": {json.dumps(asdict(self.topology))},\n'
+            f'  "partition": {json.dumps(self.partition)},\n'
+            f'  "tables": {rows([json.dumps(asdict(t)) for t in self.tables])},\n'
+            f'  "towers": {rows([json.dumps(asdict(t)) for t in self.towers])},\n'
+            f'  "placements": {rows(placements)},\n'
+            f'  "notes": {json.dumps(list(self.notes))}\n'
+            "}\n"
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> TowerPlan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            PlanError: not JSON, another version, or a missing field.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data["version"] != PLAN_VERSION:
+                raise PlanError(f"plan: expected version {PLAN_VERSION}, found {data['version']}; make the plan again")
+            placements: dict[str, tuple[Shard, ...]] = {}
+            for row in data["placements"]:
+                shard = Shard(row["rank"], tuple(row["rows"]), tuple(row["columns"]))
+                placements[row["table"]] = (*placements.get(row["table"], ()), shard)
+            return cls(
+                topology=Topology(**data["topology"]),
+                tables=tuple(TableSpec(**row) for row in data["tables"]),
+                towers=tuple(
+                    Tower(row["name"], tuple(row["tables"]), tuple(row["hosts"]), row["output_width"])
+                    for row in data["towers"]
+                ),
+                placements=placements,
+                partition=data["partition"],
+                notes=tuple(data["notes"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"plan: expected a tower plan in JSON, found {error!r}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> TowerPlan:
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            PlanError: the file is missing or holds no plan.
+        """
+        try:
+            text = Path(path).read_text()
+        except OSError as error:
+            raise PlanError(
+                f"plan: expected a readable file, found {error}; pass the path that save() wrote"
+            ) from error
+        return cls.from_json(text)
+
+    def __str__(self) -> str:
+        from dmt_compile.inspection.tables import plan_text
+
+        return plan_text(self)

@@ -1,0 +1,1 @@
+"""What runs at each step: the program, sharded tables, collectives, gradient synchronisation and checkpoints."""

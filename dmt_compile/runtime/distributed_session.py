@@ -1,0 +1,220 @@
+"""One rank of a ``torch.distributed`` run: plan once, shard, keep replicas equal.
+
+A model is planned at its first graph, keyed by the identity of its parameters; later graphs of the same model
+(evaluation, another grad mode, the part after a graph break) find it sharded and communicate nothing but their steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dmt_compile.capture import Capture
+from dmt_compile.config import Options
+from dmt_compile.errors import DmtError, UnsupportedGraphError
+from dmt_compile.inspection.dumps import GraphDump
+from dmt_compile.ir.pass_base import calls
+from dmt_compile.ir.stages import Stage
+from dmt_compile.passes.lower_to_sptt import tower_groups
+from dmt_compile.plan import TableSpec, TowerPlan
+from dmt_compile.runtime.agreement import agree, describe_options, signature
+from dmt_compile.runtime.program import Program
+from dmt_compile.runtime.session import Passes, next_dump, note_without_tables, plan_for
+from dmt_compile.runtime.sharding import guard_state_dict, replicate, shard_tables
+from dmt_compile.runtime.tables import ShardedTable
+from dmt_compile.runtime.world import ProcessWorld
+from dmt_compile.topology import Topology
+
+CHECKSUM_EVERY = 64  # steps; a replica that drifts is reported by then
+_LOCAL_OPTIONS = ("dump_dir",)  # may differ between ranks
+
+
+@dataclass
+class ModelState:
+    """What the ranks agreed on for one model, and its dense parameters that a program averages."""
+
+    plan: TowerPlan
+    world: ProcessWorld
+    synchronized: dict[int, torch.Tensor] = field(default_factory=dict)
+    hooks: dict[int, Any] = field(default_factory=dict)
+    steps: int = 0
+    newly_sharded: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
+        return self  # a copied model keeps its place among the ranks
+
+    def checksum(self) -> int:
+        """Return a number that is equal on all ranks as long as the dense replicas are; 0 in most steps."""
+        self.steps += 1
+        if self.steps % CHECKSUM_EVERY:
+            return 0
+        total = 0
+        for parameter in self.synchronized.values():
+            words = parameter.detach().contiguous().view(-1).view(torch.uint8)
+            total += int(words.sum(dtype=torch.int64))
+        return total
+
+
+def state_of(tensor: torch.Tensor) -> ModelState | None:
+    """Return the state of the model that a parameter or buffer belongs to."""
+    if isinstance(tensor, ShardedTable):
+        return cast("ModelState | None", tensor.block.model)
+    # An attribute, not a table of weak references: those would forbid `.to()` to swap parameters.
+    return getattr(tensor, "_dmt_state", None)
+
+
+class DistributedSession:
+    """One rank of a ``torch.distributed`` run.
+
+    Args:
+        options: as the user passed them. An error in them is raised where all ranks meet, so that none waits.
+    """
+
+    def __init__(self, options: Mapping[str, Any] | None) -> None:
+        self.options = Options()
+        self.topology = Topology(1, dist.get_world_size())
+        self._failure: DmtError | None = None
+        try:
+            self.options = Options.from_mapping(options)
+            self.topology = self.options.resolve_topology(dist.get_world_size())
+        except DmtError as error:
+            self._failure = error
+
+    def prepare(self, capture: Capture, run: Passes) -> bool:
+        """At a model's first graph: agree on the plan, take over rank 0's values, shard the tables."""
+        state = next((s for s in map(state_of, capture.parameters.values()) if s is not None), None)
+        if state is not None and self._failure is None and not _reads_whole_tables(capture):
+            return False
+        specs: tuple[TableSpec, ...] = ()
+        tables: dict[str, torch.Tensor] = {}
+        if self._failure is None:
+            try:
+                graph = run(Stage.FLAT)[0].embedding_graph
+                tables = {t.name: t.parameter for t in graph.tables if not isinstance(t.parameter, ShardedTable)}
+                specs = tuple(spec for spec in graph.table_specs() if spec.name in tables)
+            except DmtError as error:
+                self._failure = error
+        if state is not None and not tables:
+            if self._failure is not None:
+                raise self._failure
+            return False
+        plan = self._agree(capture, specs)
+        if state is None:
+            groups = tower_groups(plan)
+            world = ProcessWorld(self.topology, groups, self.options.timeout_s, self.options.first_timeout_s)
+            state = ModelState(plan, world)
+        else:
+            state.plan = _merge(state.plan, plan)
+        self._take_over(capture, state, tables)
+        state.newly_sharded = bool(tables)
+        return bool(tables)
+
+    def _agree(self, capture: Capture, specs: tuple[TableSpec, ...]) -> TowerPlan:
+        def mine() -> str:
+            if self._failure is not None:
+                raise self._failure
+            options = {k: v for k, v in asdict(self.options).items() if k not in (*_LOCAL_OPTIONS, "plan")}
+            given = self.options.resolve_plan()
+            options["plan"] = None if given is None else given.fingerprint
+            return signature(specs, describe_options(options))
+
+        return agree(
+            lambda: plan_for(self.options, self.topology, specs, capture.other_tables(specs)),
+            mine,
+            self.options.first_timeout_s,
+        )
+
+    def _take_over(self, capture: Capture, state: ModelState, tables: dict[str, torch.Tensor]) -> None:
+        model = capture.outer
+        everything = [] if model is None else [*model.parameters(), *model.buffers()]
+        own = {id(parameter) for parameter in tables.values()}
+        fresh = [t for t in everything if id(t) not in own and state_of(t) is None and not isinstance(t, ShardedTable)]
+        replicate(fresh, state.world)
+        capture.parameters.clear()  # what Python still holds of a table keeps its memory alive
+        shard_tables(tables, state.plan, state.world, state)
+        for tensor in fresh:
+            tensor._dmt_state = state  # type: ignore[attr-defined]
+        if model is not None:
+            guard_state_dict(model)
+
+    def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
+        """Return the plan that the ranks agreed on."""
+        return self._state(capture).plan
+
+    def _state(self, capture: Capture) -> ModelState:
+        return next(state for state in map(state_of, capture.parameters.values()) if state is not None)
+
+    def program(self, capture: Capture, run: Passes) -> Callable[..., Any]:
+        """Lower the graph for this rank."""
+        ctx, report = run(Stage.LOWERED)
+        note_without_tables(ctx)
+        if not capture.parameters:
+            return Program(capture.gm, report, None)
+        state = self._state(capture)
+        if state.newly_sharded:
+            # The analysis that ended in sharding is cyclic garbage; its weak references would forbid `.to()`.
+            gc.collect()
+            state.newly_sharded = False
+        if ctx.training:
+            averaged = {
+                id(p): p for p in capture.parameters.values() if p.requires_grad and not isinstance(p, ShardedTable)
+            }
+            state.synchronized.update(averaged)
+            _hook_others(capture.outer, state)
+        return Program(capture.gm, report, state.world, state.checksum)
+
+    def dump(self) -> GraphDump | None:
+        """Dump into a folder of this rank's own."""
+        folder = self.options.dump_dir
+        return None if folder is None else next_dump(f"{folder}/rank{dist.get_rank()}")
+
+
+def _reads_whole_tables(capture: Capture) -> bool:
+    """Tell whether a lookup of this graph reads a table that is not sharded yet."""
+    weights = [str(node.args[1]) for node in calls(capture.gm, nn.functional.embedding_bag)]
+    return any(not isinstance(capture.parameters.get(name), ShardedTable) for name in weights)
+
+
+def _hook_others(model: nn.Module | None, state: ModelState) -> None:
+    """Average the gradients of dense parameters that no program holds: before, between or after compiled parts."""
+    for parameter in () if model is None else model.parameters():
+        key = id(parameter)
+        if key in state.synchronized:
+            if key in state.hooks:
+                state.hooks.pop(key).remove()
+        elif parameter.requires_grad and not isinstance(parameter, ShardedTable) and key not in state.hooks:
+            average = functools.partial(_average, world=state.world)
+            state.hooks[key] = parameter.register_post_accumulate_grad_hook(average)
+
+
+def _average(parameter: torch.Tensor, world: ProcessWorld) -> None:
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.layout != torch.strided:
+        raise UnsupportedGraphError(
+            f"sync_dense_gradients: expected a dense gradient for a parameter of shape {tuple(parameter.shape)} "
+            "outside the compiled graph, found a sparse one; use sparse=False there, or compile that part too"
+        )
+    world.all_reduce(gradient, "average of a gradient outside the compiled graph")
+    gradient /= world.topology.world_size
+
+
+def _merge(first: TowerPlan, second: TowerPlan) -> TowerPlan:
+    """Return the plan of a model whose tables came in two graphs."""
+    towers = [
+        replace(a, tables=(*a.tables, *b.tables), output_width=a.output_width + b.output_width)
+        for a, b in zip(first.towers, second.towers, strict=True)
+    ]
+    return replace(
+        first,
+        tables=(*first.tables, *second.tables),
+        towers=tuple(towers),
+        placements={**first.placements, **second.placements},
+    )

@@ -1,0 +1,74 @@
+"""A compiled program: the lowered graph and the ranks that run it together."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from dmt_compile.pipeline import PipelineReport
+from dmt_compile.runtime.world import Execution, ProcessWorld, executing
+
+_WARM_AFTER = 2  # calls; the first backward pass still compiles
+
+
+class Program:
+    """Runs a lowered graph on this rank; one process where ``world`` is ``None``.
+
+    Args:
+        gm: the lowered graph.
+        report: what the passes did.
+        world: the ranks, or ``None``.
+        checksum: a number that must be equal on every rank at this step, or 0.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        report: PipelineReport,
+        world: ProcessWorld | None,
+        checksum: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.gm = gm
+        self.report = report
+        self.world = world
+        self._execution = None if world is None else Execution(world, fingerprint(gm), checksum)
+        self._calls = 0
+
+    def __call__(self, *args: Any) -> Any:
+        if self._execution is None or self.world is None:
+            return self.gm(*args)
+        self._calls += 1
+        self.world.warm = self._calls > _WARM_AFTER
+        with executing(self._execution):
+            return self.gm(*args)
+
+
+def fingerprint(gm: fx.GraphModule) -> int:
+    """Return a 62-bit hash of what a program computes and exchanges; equal on ranks that may run together."""
+    numbers: dict[fx.Node, int] = {}
+    digest = hashlib.sha256()
+    for index, node in enumerate(gm.graph.nodes):
+        numbers[node] = index
+        target = node.target if isinstance(node.target, str) and node.op != "placeholder" else ""
+        if node.op == "call_function":
+            target = getattr(node.target, "__name__", type(node.target).__name__)
+        text = _text((node.args, dict(node.kwargs)), numbers)
+        digest.update(f"{index} {node.op} {target} {text}\n".encode())
+        if node.op == "call_module":
+            region = gm.get_submodule(str(node.target))
+            digest.update(str(fingerprint(operator.attrgetter("graph_module")(region))).encode())
+    return int.from_bytes(digest.digest()[:8], "big") >> 2
+
+
+def _text(value: Any, numbers: dict[fx.Node, int]) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{numbers[value]}"
+    if isinstance(value, tuple | list):
+        return "(" + ",".join(_text(item, numbers) for item in value) + ")"
+    if isinstance(value, dict):
+        return _text(sorted(value.items()), numbers)
+    return repr(value) if isinstance(value, str | int | float | bool | None) else str(value)

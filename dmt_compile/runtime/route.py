@@ -1,0 +1,136 @@
+"""Sizes of one step's exchanges: a static layout (who owns what) and a per-step route (how much goes where).
+
+Shape suffixes: S source ranks, B samples of one rank, W columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from dmt_compile.topology import Topology
+
+# What every rank tells every other one before a step's first exchange; the id counts per feature follow.
+HEADER_FIELDS = ("fingerprint", "batch_size", "fault", "feature", "position", "value", "checksum")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rank owns each feature's table, and its width.
+
+    Args:
+        topology: tower groups x ranks in a group (hosts x local ranks where a tower is one host).
+        owners: global rank of each feature's table, in feature order.
+        widths: columns of each feature, in feature order.
+    """
+
+    topology: Topology
+    owners: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    @cached_property
+    def features_by_rank(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the features that each rank serves."""
+        return tuple(
+            tuple(i for i, owner in enumerate(self.owners) if owner == rank) for rank in range(self.topology.world_size)
+        )
+
+    @cached_property
+    def rank_widths(self) -> tuple[int, ...]:
+        """Columns that each rank serves."""
+        return tuple(sum(self.widths[i] for i in features) for features in self.features_by_rank)
+
+    def group_width(self, group: int) -> int:
+        """Columns that all ranks of a tower group serve together."""
+        local = self.topology.local_ranks
+        return sum(self.rank_widths[group * local : (group + 1) * local])
+
+    @cached_property
+    def column_order(self) -> tuple[int, ...]:
+        """Feature indices in the order of their columns after the last exchange."""
+        return tuple(i for features in self.features_by_rank for i in features)
+
+    @cached_property
+    def most_features(self) -> int:
+        """The largest number of features on one rank."""
+        return max(map(len, self.features_by_rank))
+
+
+@lru_cache(maxsize=256)
+def make_layout(hosts: int, local_ranks: int, owners: tuple[int, ...], widths: tuple[int, ...]) -> Layout:
+    """Return the layout of these owners; the same object for the same arguments."""
+    return Layout(Topology(hosts, local_ranks), owners, widths)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The sizes of one step, as one rank sees them.
+
+    Args:
+        layout: who owns what.
+        rank: this rank.
+        batch_sizes: samples of every rank.
+        sent_ids: ids that this rank sends to each rank.
+        received_ids: for each source rank, the ids of each of this rank's features.
+    """
+
+    layout: Layout
+    rank: int
+    batch_sizes: tuple[int, ...]
+    sent_ids: tuple[int, ...]
+    received_ids: tuple[tuple[int, ...], ...]
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of this rank."""
+        return self.batch_sizes[self.rank]
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of all ranks."""
+        return sum(self.batch_sizes)
+
+    @property
+    def group(self) -> int:
+        """This rank's tower group."""
+        return self.layout.topology.host_of(self.rank)
+
+    def peer_rows(self, local_rank: int) -> int:
+        """Samples of all ranks with this local rank."""
+        topology = self.layout.topology
+        return sum(self.batch_sizes[r] for r in range(local_rank, topology.world_size, topology.local_ranks))
+
+    def sizes(self, hop: str) -> tuple[list[int], list[int]]:
+        """Return the element counts (to send, to receive) of a hop, in the order of its group's ranks.
+
+        ``ids``: all ranks; bag lengths, then ids. ``intra``: the ranks of this tower group. ``peer``: the ranks with
+        this local rank in every group.
+        """
+        layout, topology = self.layout, self.layout.topology
+        if hop == "ids":
+            features = layout.features_by_rank
+            mine = len(features[self.rank])
+            send = [len(features[r]) * self.batch_size + self.sent_ids[r] for r in range(topology.world_size)]
+            return send, [mine * self.batch_sizes[s] + sum(self.received_ids[s]) for s in range(topology.world_size)]
+        if hop == "intra":
+            my_width, my_rows = layout.rank_widths[self.rank], self.peer_rows(self.rank % topology.local_ranks)
+            send = [self.peer_rows(local) * my_width for local in range(topology.local_ranks)]
+            return send, [my_rows * layout.rank_widths[r] for r in topology.intra_ranks(self.rank)]
+        peers = topology.peer_ranks(self.rank)
+        my_width = layout.group_width(self.group)
+        return (
+            [self.batch_sizes[r] * my_width for r in peers],
+            [self.batch_size * layout.group_width(group) for group in range(topology.hosts)],
+        )
+
+    def block_widths(self, hop: str) -> list[int]:
+        """Columns of each block that a hop delivers, in the order of its group's ranks."""
+        if hop == "intra":
+            return [self.layout.rank_widths[r] for r in self.layout.topology.intra_ranks(self.rank)]
+        return [self.layout.group_width(group) for group in range(self.layout.topology.hosts)]
+
+    def block_rows(self, hop: str) -> int:
+        """Rows of the blocks that a hop delivers."""
+        if hop == "intra":
+            return self.peer_rows(self.rank % self.layout.topology.local_ranks)
+        return self.batch_size

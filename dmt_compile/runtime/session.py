@@ -1,0 +1,129 @@
+"""How a captured graph becomes a program, and the simplest way: one process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from dmt_compile.capture import Capture
+from dmt_compile.config import Options
+from dmt_compile.errors import ConfigError, PlanError
+from dmt_compile.inspection.dumps import GraphDump
+from dmt_compile.ir.stages import Stage
+from dmt_compile.partition.assign import make_plan
+from dmt_compile.plan import TableSpec, TowerPlan
+from dmt_compile.runtime.program import Program
+from dmt_compile.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+Passes = Callable[[Stage], tuple[Any, Any]]  # runs the passes up to a stage; returns their context and report
+
+
+class Session(Protocol):
+    """What the backend asks of its surroundings."""
+
+    topology: Topology
+
+    def prepare(self, capture: Capture, run: Passes) -> bool:
+        """Do what must be true before Dynamo makes its guards; tell whether parameters changed."""
+
+    def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
+        """Return the plan for a graph's tables."""
+
+    def program(self, capture: Capture, run: Passes) -> Callable[..., Any]:
+        """Lower the graph and return what runs it."""
+
+    def dump(self) -> GraphDump | None:
+        """Return where to write the graphs of the next pipeline run."""
+
+
+_dumped: dict[Path, int] = {}
+
+
+def next_dump(folder: str | Path | None) -> GraphDump | None:
+    """Return a dump in a new numbered folder below ``folder``, one for each graph."""
+    if folder is None:
+        return None
+    path = Path(folder)
+    _dumped[path] = _dumped.get(path, -1) + 1
+    return GraphDump(path / f"graph{_dumped[path]}")
+
+
+def plan_for(
+    options: Options, topology: Topology, tables: Sequence[TableSpec], elsewhere: Sequence[TableSpec] = ()
+) -> TowerPlan:
+    """Return the user's plan, checked against topology and tables, or a new one.
+
+    ``elsewhere`` are tables of the model that this graph does not hold; a user's plan may name them.
+
+    Raises:
+        PlanError: the plan belongs to another model or topology.
+    """
+    given = options.resolve_plan()
+    if given is None:
+        return make_plan(tables, topology, towers=options.towers, partition=options.partition)
+    if (given.topology.hosts, given.topology.local_ranks) != (topology.hosts, topology.local_ranks):
+        raise PlanError(
+            f"plan: expected a plan for topology {topology}, found one for {given.topology}; make it again with "
+            f"dmt_compile.plan(model, batch, topology='{topology}')"
+        )
+    named = {table.name for table in given.tables} - {table.name for table in tables}
+    given.check_tables((*tables, *(table for table in elsewhere if table.name in named)))
+    return given
+
+
+def world_size() -> int:
+    """Return the number of ranks that run this script together.
+
+    Raises:
+        ConfigError: torchrun started several, and the script has no process group yet.
+    """
+    initialised = dist.is_available() and dist.is_initialized()
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and not initialised:
+        raise ConfigError(
+            f"launch: expected an initialised process group for WORLD_SIZE={launched}, found none; add "
+            "torch.distributed.init_process_group() before the first call of the model"
+        )
+    return dist.get_world_size() if initialised else 1
+
+
+class LocalSession:
+    """One process: nothing is sharded."""
+
+    def __init__(self, options: Options, topology: Topology) -> None:
+        self.options = options
+        self.topology = topology
+
+    def prepare(self, capture: Capture, run: Passes) -> bool:
+        """Change nothing."""
+        return False
+
+    def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
+        """Plan one rank."""
+        return plan_for(self.options, self.topology, tables, capture.other_tables(tables))
+
+    def program(self, capture: Capture, run: Passes) -> Callable[..., Any]:
+        """Lower the graph for this process."""
+        ctx, report = run(Stage.LOWERED)
+        note_without_tables(ctx)
+        return Program(capture.gm, report, None)
+
+    def dump(self) -> GraphDump | None:
+        """Dump into the user's folder."""
+        return next_dump(self.options.dump_dir)
+
+
+def note_without_tables(ctx: Any) -> None:
+    """Say that a graph has no table, so that only the dense compiler works on it."""
+    if not ctx.embedding_graph.tables:
+        logger.warning(
+            "dmt: found no embedding table in this graph; %s compiles it as one dense region",
+            ctx.options.dense_compiler,
+        )

@@ -1,0 +1,114 @@
+"""Turns a replicated model into a sharded one, in place: rank 0's values, tables cut down to what each rank owns."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmt_compile import torch_internals
+from dmt_compile.errors import CheckpointError, UnsupportedGraphError
+from dmt_compile.plan import TowerPlan
+from dmt_compile.runtime.tables import Block, ShardedTable
+from dmt_compile.runtime.world import ProcessWorld
+
+
+def block_of(plan: TowerPlan, name: str, rank: int, model: Any) -> Block:
+    """Return the block of a table that ``rank`` holds: its shard, or no rows."""
+    for shard in plan.placements[name]:
+        if shard.rank == rank:
+            return Block(name, shard.rows, shard.columns, model)
+    dim = next(table.dim for table in plan.tables if table.name == name)
+    return Block(name, (0, 0), (0, dim), model)
+
+
+def replicate(tensors: Iterable[torch.Tensor], world: ProcessWorld) -> None:
+    """Overwrite dense parameters and buffers with rank 0's, as DDP does when it is built."""
+    for tensor in tensors:
+        data = tensor.detach()
+        wire = data.contiguous().to(world.device)
+        world.broadcast(wire, "initial values")
+        data.copy_(wire)
+
+
+def shard_tables(tables: Mapping[str, torch.Tensor], plan: TowerPlan, world: ProcessWorld, model: Any) -> None:
+    """Cut table parameters down to this rank's blocks, keeping their identity, gradients, hooks and optimizer state.
+
+    Args:
+        tables: name -> parameter; whole tables on entry.
+        plan: the agreed plan.
+        world: moves rank 0's rows to their owners.
+        model: what the tables should remember of their model.
+
+    Raises:
+        UnsupportedGraphError: an autograd graph of an earlier step still holds a table.
+    """
+    optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
+    for name, parameter in tables.items():
+        whole = parameter.detach()
+        for shard in plan.placements[name]:
+            if shard.rank != 0 and world.rank in (0, shard.rank):
+                part = Block(name, shard.rows, shard.columns).cut(whole)
+                wire = part.contiguous().to(world.device)
+                world.move(wire, 0, shard.rank, f"initial rows of {name}")
+                part.copy_(wire)
+        _shard(name, parameter, block_of(plan, name, world.rank, model), optimizers)
+
+
+def _shard(name: str, parameter: torch.Tensor, block: Block, optimizers: list[torch.optim.Optimizer]) -> None:
+    shape, whole, gradient = parameter.shape, parameter.detach(), parameter.grad
+    local = block.cut(whole)
+    local = local if local.shape == shape else local.clone()
+    hooks = list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
+    parameter.grad = None
+    replacement = nn.Parameter(ShardedTable(local, shape, block), parameter.requires_grad)
+    try:
+        torch_internals.swap_contents(parameter, replacement)
+    except RuntimeError as error:
+        raise UnsupportedGraphError(
+            f"sharding: expected table {name} free of earlier autograd graphs, found that {error}; drop the outputs "
+            "and losses of earlier eager steps before the first compiled call"
+        ) from error
+    del replacement
+    for hook in hooks:
+        parameter.register_post_accumulate_grad_hook(hook)
+    if gradient is not None and gradient.layout == torch.strided:
+        parameter.grad = ShardedTable(block.cut(gradient).clone(), shape, block)
+    elif gradient is not None and local.numel():
+        parameter.grad = gradient
+    for optimizer in optimizers:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor) and value.shape == shape and not isinstance(value, ShardedTable):
+                optimizer.state[parameter][key] = ShardedTable(block.cut(value).clone(), shape, block)
+
+
+_allowed: list[bool] = []
+
+
+@contextmanager
+def sharded_state_allowed() -> Any:
+    """Let ``state_dict`` of a sharded model through, for those who gather it."""
+    _allowed.append(True)
+    try:
+        yield
+    finally:
+        _allowed.pop()
+
+
+def guard_state_dict(model: nn.Module) -> None:
+    """Make ``state_dict`` of every module that holds a sharded table end in an error that says what to call."""
+    for module in model.modules():
+        if any(isinstance(p, ShardedTable) for p in module.parameters(recurse=False)):
+            module.register_state_dict_pre_hook(_refuse_state_dict)
+
+
+def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    if not _allowed and any(isinstance(p, ShardedTable) for p in module.parameters(recurse=False)):
+        raise CheckpointError(
+            f"checkpoint: expected dmt_compile.full_state_dict(model) for a model whose tables are sharded, found "
+            f"state_dict() at '{prefix}'; full_state_dict is a collective call that gives rank 0 the flat model's dict"
+        )

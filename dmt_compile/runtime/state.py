@@ -1,0 +1,70 @@
+"""Gathers a sharded model's state under the flat model's names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmt_compile.errors import CheckpointError
+from dmt_compile.runtime.distributed_session import state_of
+from dmt_compile.runtime.sharding import sharded_state_allowed
+from dmt_compile.runtime.tables import ShardedTable
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Return the flat model's state dict: full tensors under the flat names.
+
+    Args:
+        model: the model, or what ``torch.compile`` returned for it.
+
+    Returns:
+        On rank 0 (and in one process) a dict that ``load_state_dict`` of the plain flat model takes; tables on the CPU.
+        ``{}`` on the other ranks.
+
+    Raises:
+        CheckpointError: a table is sharded by another model's plan.
+
+    Cost: a collective call; moves every table to rank 0 once, one at a time.
+    """
+    bare = getattr(model, "_orig_mod", model)
+    with sharded_state_allowed():
+        values = bare.state_dict(keep_vars=True)
+    values = {name.replace("_orig_mod.", ""): value for name, value in values.items()}
+    tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
+    states = [state for state in map(state_of, tensors) if state is not None]
+    if not states:
+        return {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+    rank = states[0].world.rank
+    full: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, ShardedTable):
+            gathered = _gather(value)
+        else:
+            gathered = value.detach() if isinstance(value, torch.Tensor) else value
+        if rank == 0:
+            full[name] = gathered
+    return full
+
+
+def _gather(table: ShardedTable) -> torch.Tensor | None:
+    state = state_of(table)
+    if state is None:
+        raise CheckpointError(
+            f"checkpoint: expected table {table.block.name} as the program that sharded it left it, found a copy; call "
+            "full_state_dict on the compiled model"
+        )
+    world = state.world
+    full = torch.empty(table.shape, dtype=table.dtype) if world.rank == 0 else None
+    for shard in state.plan.placements[table.block.name]:
+        part = (shard.rows[1] - shard.rows[0], shard.columns[1] - shard.columns[0])
+        if shard.rank == world.rank:
+            wire = table.local.contiguous().to(world.device)
+        else:
+            wire = torch.empty(part, dtype=table.dtype, device=world.device) if full is not None else table.local
+        if shard.rank != 0:
+            world.move(wire, shard.rank, 0, f"gathering {table.block.name}")
+        if full is not None:
+            full[shard.rows[0] : shard.rows[1], shard.columns[0] : shard.columns[1]] = wire.cpu()
+    return full

@@ -1,0 +1,284 @@
+"""Every private API of PyTorch that dmt_compile touches, and nothing else.
+
+PyTorch moves these between minor versions; the rest of the package calls the names defined here. Tried on 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import Store
+from torch._dynamo.decorators import mark_unbacked
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["FakeTensor", "FakeTensorMode", "ShapeEnv", "ShortenTraceback", "Store"]  # for others
+
+# ---------------------------------------------------------------------------------------------- Dynamo's graph inputs
+
+
+def source_of(placeholder: torch.fx.Node) -> Any | None:
+    """Return where Dynamo took a graph input from, or ``None`` for a graph that Dynamo did not make."""
+    graph_arg = placeholder.meta.get("grapharg")
+    return None if graph_arg is None else graph_arg.source
+
+
+def input_value(placeholder: torch.fx.Node) -> Any:
+    """Return the real value behind a graph input, or ``None`` for a graph that Dynamo did not make."""
+    graph_arg = placeholder.meta.get("grapharg")
+    return None if graph_arg is None else graph_arg.example
+
+
+def _source_text(source: Any) -> str:
+    return str(source.name() if callable(source.name) else source.name)  # a method until torch 2.11
+
+
+def source_modules(source: Any) -> list[nn.Module]:
+    """Return the ``nn.Module`` objects that a graph input was reached through, outermost first.
+
+    Must run inside the backend call, while Dynamo still holds the frame's variables.
+    """
+    output = InstructionTranslator.current_tx().output
+    found: list[nn.Module] = []
+    while source is not None:
+        try:
+            value = eval(_source_text(source), output.global_scope, {"L": output.local_scope, "G": output.global_scope})
+        except Exception:
+            value = None  # a source that only exists inside Dynamo, such as a cell
+        if isinstance(value, nn.Module):
+            found.append(value)
+        source = getattr(source, "base", None)
+    return found[::-1]
+
+
+def variable_name(source: Any) -> str:
+    """Return a graph input as the user would write it, such as ``offsets[0]``."""
+    return re.sub(r"^L\['(\w+)'\]", r"\1", _source_text(source))
+
+
+def is_frame_input(source: Any) -> bool:
+    """Tell whether a graph input came in through the compiled frame's own variables."""
+    while getattr(source, "base", None) is not None:
+        source = source.base
+    return _source_text(source).startswith("L[")
+
+
+def calling_modules() -> list[nn.Module]:
+    """Return the modules whose forward is running, innermost first, with ``torch.compile``'s wrappers unwrapped."""
+    found: list[nn.Module] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self") if frame.f_code.co_name in ("_call_impl", "__call__", "forward") else None
+        if isinstance(caller, nn.Module):
+            module: nn.Module = getattr(caller, "_orig_mod", caller)
+            if module not in found:
+                found.append(module)
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ dynamic shapes
+
+
+def mark_dynamic_dims(tensor: torch.Tensor, dims: Sequence[int]) -> None:
+    """Ask Dynamo's next analysis to give each of ``dims`` a size without guards, 0 and 1 included."""
+    before = set(tensor.__dict__)
+    for dim in dims:
+        mark_unbacked(tensor, dim)
+    earlier = getattr(tensor, "_dmt_marks", ())
+    tensor._dmt_marks = (*earlier, *(set(tensor.__dict__) - before))  # type: ignore[attr-defined]
+
+
+def unmark_dynamic_dims(tensor: torch.Tensor) -> None:
+    """Take back :func:`mark_dynamic_dims`, so that other compilers see the user's tensor as it was."""
+    for name in tensor.__dict__.pop("_dmt_marks", ()):
+        tensor.__dict__.pop(name, None)
+
+
+def is_marked(tensor: torch.Tensor) -> bool:
+    """Tell whether :func:`mark_dynamic_dims` was applied and not taken back."""
+    return hasattr(tensor, "_dmt_marks")
+
+
+def is_free_size(size: int | torch.SymInt) -> bool:
+    """Tell whether a size is a symbol that Dynamo does not guard on."""
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
+
+
+def forget_equal_sizes(tensors: Sequence[torch.Tensor]) -> None:
+    """Drop what Dynamo concluded about dimension 0 of these fake inputs: that it equals another input's.
+
+    Dynamo would guard on it, trace anew for a batch that breaks it, and then report a bug of its own. Call it once the
+    program checks the sizes itself and all metadata has been read.
+    """
+    for tensor in tensors:
+        size = tensor.shape[0]
+        if isinstance(size, torch.SymInt):
+            env = size.node.shape_env
+            env.replacements.pop(size.node._expr, None)
+            env._update_version_counter()
+            env._replacements_version_counter = getattr(env, "_replacements_version_counter", 0) + 1
+
+
+_marked_early: list[weakref.ref[torch.Tensor]] = []
+
+
+def mark_before_tracing(is_ours: Callable[[Any], bool], dims_of: Callable[[torch.Tensor], Sequence[int]]) -> None:
+    """Mark the tensors among a frame's variables before Dynamo traces it for a backend of ours.
+
+    Dynamo offers no such hook to a backend; its compile callbacks do not name the frame, so it is read off the stack.
+    Where that fails (another version, or ``torch._dynamo.reset`` dropped the callback) the backend marks and restarts
+    the analysis instead: one trace more, the same graph.
+
+    Args:
+        is_ours: tells whether a backend is one that wants this.
+        dims_of: the dimensions to mark of a tensor.
+    """
+
+    def start(_: Any) -> None:
+        frame: Any = sys._getframe(1)
+        while frame is not None and not (frame.f_code.co_name == "_compile" and "compiler_fn" in frame.f_locals):
+            frame = frame.f_back
+        if frame is None or not is_ours(_innermost_backend(frame.f_locals["compiler_fn"])):
+            return
+        for leaf in tree_leaves(dict(frame.f_locals["locals"])):
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter) and not is_marked(leaf):
+                dims = dims_of(leaf)
+                if dims:
+                    mark_dynamic_dims(leaf, dims)
+                    _marked_early.append(weakref.ref(leaf))
+
+    def end(_: Any) -> None:
+        while _marked_early:
+            tensor = _marked_early.pop()()
+            if tensor is not None:
+                unmark_dynamic_dims(tensor)
+
+    torch._dynamo.callback.on_compile_start(start)
+    torch._dynamo.callback.on_compile_end(end)
+
+
+def _innermost_backend(backend: Any) -> Any:
+    for name in ("_torchdynamo_orig_backend", "compiler_fn"):
+        while hasattr(backend, name):
+            backend = getattr(backend, name)
+    return backend
+
+
+def restart_analysis(reason: str) -> None:
+    """Make Dynamo trace the current frame again.
+
+    Dynamo restarts the analysis on this exception of a backend and on no other.
+    """
+    raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
+def unlimited_recompiles() -> contextlib.AbstractContextManager[Any]:
+    """Lift Dynamo's recompile limits while a simulated world runs: one class may have many models there."""
+    lifted: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(
+        recompile_limit=10**6, accumulated_recompile_limit=10**6
+    )
+    return lifted
+
+
+def attribute(module: nn.Module, path: str) -> Any:
+    """Return the attribute at a dotted path, as a graph's ``get_attr`` node names it."""
+    value: Any = module
+    for atom in path.split("."):
+        value = getattr(value, atom)
+    return value
+
+
+def fresh_size(mode: FakeTensorMode) -> torch.SymInt:
+    """Return a new symbolic size, at least 0, that nothing guards on."""
+    env = mode.shape_env
+    assert env is not None
+    size = env.create_unbacked_symint()
+    torch._check(size >= 0)
+    env.pending_fresh_unbacked_symbols.clear()  # the symbol is an input of ours, no operator's output has to bind it
+    return size
+
+
+def canonical_expression(size: int | torch.SymInt) -> Any:
+    """Return a size as a number or a simplified symbolic expression, comparable and hashable."""
+    if isinstance(size, int):
+        return size
+    return size.node.shape_env.simplify(size.node.expr)
+
+
+def size_from_expression(mode: FakeTensorMode, expression: Any) -> int | torch.SymInt:
+    """Return the size for an expression over symbols of ``mode``."""
+    if expression.is_number:
+        return int(expression)
+    assert mode.shape_env is not None
+    return mode.shape_env.create_symintnode(expression, hint=None)
+
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+
+def swap_contents(parameter: torch.Tensor, replacement: torch.Tensor) -> None:
+    """Give ``parameter`` the class, data and autograd state of ``replacement``, keeping its Python identity.
+
+    As ``torch.utils.swap_tensors``, but allowed while weak references exist: Dynamo's tracer holds some when a backend
+    runs, and they go with the analysis that :func:`restart_analysis` ends.
+
+    Raises:
+        RuntimeError: something else, such as a live autograd graph, holds the parameter.
+    """
+    uses = parameter._use_count()  # type: ignore[attr-defined]
+    if uses > 1:
+        raise RuntimeError(f"the parameter is used {uses} times, by an autograd graph that is still alive")
+    attributes = dict(replacement.__dict__)
+    torch._C._swap_tensor_impl(parameter, replacement)
+    parameter.__class__ = replacement.__class__
+    parameter.__dict__.update(attributes)
+
+
+# ------------------------------------------------------------------------------------------------------ dense compilers
+
+
+@contextlib.contextmanager
+def _own_tracing_context(mode: FakeTensorMode) -> Iterator[None]:
+    # Dynamo's context holds another fake mode; a region compiled in it fails with "Mixing fake modes".
+    with tracing(TracingContext(mode)):
+        yield
+
+
+def compile_with_inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Callable[..., Any]:
+    """Compile a graph for training or inference with Inductor; ``inputs`` are fakes of ``mode``."""
+    from torch._inductor.compile_fx import compile_fx
+
+    with _own_tracing_context(mode):
+        compiled: Callable[..., Any] = compile_fx(gm, list(inputs))  # type: ignore[assignment]
+        return compiled
+
+
+def aot_module(gm: torch.fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Callable[..., Any]:
+    """Trace forward and backward of a graph ahead of time and run them unfused; ``inputs`` are fakes of ``mode``."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    with _own_tracing_context(mode):
+        compiled: Callable[..., Any] = aot_eager(gm, list(inputs))
+        return compiled
+
+
+# --------------------------------------------------------------------------------------------------------- distributed
+
+
+def default_store() -> Store:
+    """Return the key-value store of the default process group."""
+    return dist.distributed_c10d._get_default_store()

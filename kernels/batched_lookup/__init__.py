@@ -1,0 +1,1 @@
+"""All lookups of a rank in one operator."""

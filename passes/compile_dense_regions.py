@@ -1,0 +1,106 @@
+"""Hand each dense region to the dense compiler as one piece.
+
+A region holds the dense nodes with the same number of dmt operators before them: what needs no embedding (the bottom
+MLP) is one, what needs the embeddings (interaction, over-arch) another, so that the first can run while embeddings
+travel. With one rank nothing travels and both become one region. Nodes that feed ids into lookups, and lookups with
+sparse gradients that stayed flat (a sparse gradient cannot cross a traced region), stay in the outer program.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from dmt_compile.ir.exchange_ops import broadcast_buffers, synchronize
+from dmt_compile.ir.ops import OPERATORS
+from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, sort_graph
+from dmt_compile.ir.stages import Effect, Stage
+from dmt_compile.runtime.regions import DenseRegion
+
+logger = logging.getLogger(__name__)
+
+_IDENTITIES = (synchronize, broadcast_buffers)  # in the forward pass nothing waits for them
+
+
+@dataclass(frozen=True)
+class CompileDenseRegions(Pass):
+    """Cut the dense nodes into regions and compile each."""
+
+    dense_compiler: str = "inductor"
+
+    name: ClassVar[str] = "compile_dense_regions"
+    effect: ClassVar[Effect] = Effect.REORDERED
+    needs: ClassVar[Stage] = Stage.DISTRIBUTED
+    gives: ClassVar[Stage] = Stage.LOWERED
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassReport:
+        """Rewrite ``gm`` in place."""
+        skipped: list[tuple[str, str]] = []
+        regions = self._regions(gm, ctx)
+        for index, nodes in enumerate(regions):
+            region, inputs = self._extract(gm, nodes, f"dense_{index}")
+            reason = region.compile_for([node.meta["val"] for node in inputs], ctx.environment.mode)
+            if reason is not None:
+                line = ctx.leave(nodes[-1], f"{self.dense_compiler} failed: {reason}", self.name)
+                logger.warning("compile_dense_regions: dense_%d runs in eager mode: %s", index, line[1])
+                skipped.append(line)
+        sort_graph(gm)
+        effect = Effect.EXACT if self.dense_compiler == "eager" else Effect.REORDERED
+        return PassReport(bool(regions), len(regions), tuple(skipped), effect)
+
+    def _regions(self, gm: fx.GraphModule, ctx: PassContext) -> list[list[fx.Node]]:
+        outer = {n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr", "output") or self._is_sparse(n)}
+        special = {n for n in gm.graph.nodes if n.target in OPERATORS or self._is_sparse(n)}
+        feeding = ancestors([source for node in special for source in node.all_input_nodes])
+        levels: dict[fx.Node, int] = {}
+        for node in gm.graph.nodes:
+            before = max((levels[source] for source in node.all_input_nodes), default=0)
+            levels[node] = before + (node in special and node.target not in _IDENTITIES)
+        by_level: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in gm.graph.nodes:
+            if node in outer or node in special or node in feeding or self._reads_operator(node):
+                continue
+            by_level[levels[node] if ctx.distributed else 0].append(node)
+        return [by_level[level] for level in sorted(by_level)]
+
+    def _is_sparse(self, node: fx.Node) -> bool:
+        functions = (torch.nn.functional.embedding_bag, torch.nn.functional.embedding)
+        return node.target in functions and (True in (node.kwargs.get("sparse"), *node.args[6:8]))
+
+    def _reads_operator(self, node: fx.Node) -> bool:
+        """Tell whether a node takes one of the values of an operator that returns several."""
+        return node.target is operator.getitem and getattr(node.args[0], "target", None) in OPERATORS
+
+    def _extract(self, gm: fx.GraphModule, nodes: list[fx.Node], name: str) -> tuple[DenseRegion, list[fx.Node]]:
+        """Move nodes into a submodule and call it in their place."""
+        inside = set(nodes)
+        inputs = list(dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in inside))
+        outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for source in inputs:
+            copies[source] = graph.placeholder(source.name)
+        for node in nodes:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+        graph.output(tuple(copies[node] for node in outputs))
+        region = DenseRegion(fx.GraphModule(gm, graph, class_name=name), self.dense_compiler)
+        gm.add_submodule(name, region)
+        with gm.graph.inserting_after(nodes[-1]):
+            call = gm.graph.call_module(name, tuple(inputs))
+        call.meta["val"] = tuple(node.meta["val"] for node in outputs)
+        for index, node in enumerate(outputs):
+            with gm.graph.inserting_after(call):
+                item = gm.graph.call_function(operator.getitem, (call, index))
+            item.meta = dict(node.meta)
+            users: list[Any] = [user for user in node.users if user not in inside]
+            for user in users:
+                user.replace_input_with(node, item)
+        for node in reversed(nodes):
+            gm.graph.erase_node(node)
+        return region, inputs

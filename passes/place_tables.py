@@ -1,0 +1,40 @@
+"""Write each table's placement onto its graph input: the shards that the plan gives to the tower's ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from dmt_compile.errors import UnsupportedGraphError
+from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, placeholders
+from dmt_compile.ir.stages import Stage
+
+
+@dataclass(frozen=True)
+class PlaceTables(Pass):
+    """Annotate table inputs with ``meta["shards"]``."""
+
+    name: ClassVar[str] = "place_tables"
+    needs: ClassVar[Stage] = Stage.TOWERED
+    gives: ClassVar[Stage] = Stage.TOWERED
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassReport:
+        """Annotate ``gm``'s inputs.
+
+        Raises:
+            UnsupportedGraphError: the plan splits a table; this version looks up whole tables.
+        """
+        inputs = {node.name: node for node in placeholders(gm)}
+        tables = ctx.embedding_graph.tables
+        for table in tables:
+            assert ctx.plan is not None
+            shards = ctx.plan.placements[table.name]
+            if len(shards) != 1:
+                raise UnsupportedGraphError(
+                    f"{self.name}: expected one shard for table {table.name}, found {len(shards)}; "
+                    "place whole tables, row and column shards cannot be looked up yet"
+                )
+            inputs[table.placeholder].meta["shards"] = shards
+        return PassReport(changed=bool(tables), matched=len(tables))

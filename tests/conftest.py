@@ -1,0 +1,21 @@
+"""What holds for every test: which of them run on this machine, and hypothesis without chance or deadlines."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+# Same examples in every run, and no timed assertion on a machine that others use as well.
+hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("reproducible")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests marked ``gpu`` where there is no GPU: a skip would read as a gap of the machine's making."""
+    if torch.cuda.is_available():
+        return
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmt_compile.cost.traffic import Hop, bytes_per_link, embedding_traffic, message_counts
+from dmt_compile.errors import PlanError
+from dmt_compile.partition.assign import make_plan
+from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
+from dmt_compile.topology import Topology
+
+MIB = 2**20
+
+
+def random_plan(seed: int, number: int, hosts: int, local_ranks: int, towers: int) -> TowerPlan:
+    rng = np.random.default_rng(seed)
+    tables = [
+        TableSpec(
+            name=f"emb.{i}",
+            rows=int(rng.integers(1, 500)),
+            dim=int(rng.choice([2, 4, 8])),
+            dtype=str(rng.choice(["float32", "bfloat16"])),
+            features=int(rng.choice([1, 2])),
+            pooling=float(rng.integers(0, 4)),
+        )
+        for i in range(number)
+    ]
+    return make_plan(tables, Topology(hosts, local_ranks), towers=towers)
+
+
+def enumerate_transfers(plan: TowerPlan, batch_sizes: list[int]) -> dict[str, dict[str, int]]:
+    """Carry every sample's ids and pooled rows from rank to rank, one by one, and add up what crosses a link."""
+    topology = plan.topology
+    members = {host: sorted(t.hosts) for t in plan.towers for host in t.hosts}
+    ranks_of_group = {
+        host: [r for r in range(topology.world_size) if topology.host_of(r) in hosts]
+        for host, hosts in members.items()
+    }
+    totals: dict[str, dict[str, int]] = {form: {"intra": 0, "cross": 0} for form in ("flat", "sptt")}
+
+    def send(forms: tuple[str, ...], source: int, target: int, sent: int) -> None:
+        if source != target:
+            link = "intra" if topology.host_of(source) == topology.host_of(target) else "cross"
+            for form in forms:
+                totals[form][link] += sent
+
+    def position(rank: int) -> int:
+        return ranks_of_group[topology.host_of(rank)].index(rank)
+
+    for table in plan.tables:
+        owner = plan.owner(table.name)
+        for rank, batch_size in enumerate(batch_sizes):
+            for _ in range(batch_size):
+                for _ in range(table.features):
+                    send(("flat", "sptt"), rank, owner, 8 * (1 + int(table.pooling)))
+                row = table.features * table.dim * table.element_bytes
+                send(("flat",), owner, rank, row)
+                send(("flat",), rank, owner, row)
+                # The owner's group gathers the row at the peer of the sample's rank, which then sends it there.
+                peer = ranks_of_group[topology.host_of(owner)][position(rank)]
+                for path in ((owner, peer), (peer, rank), (rank, peer), (peer, owner)):
+                    send(("sptt",), *path, row)
+    return totals
+
+
+@given(
+    seed=st.integers(0, 1000),
+    number=st.integers(0, 8),
+    shape=st.sampled_from([(1, 1, 1), (1, 3, 2), (2, 2, 2), (3, 2, 3), (2, 3, 4), (4, 2, 2), (4, 1, 2), (4, 2, 1)]),
+    data=st.data(),
+)
+def test_bytes_equal_an_enumeration_of_all_transfers(
+    seed: int, number: int, shape: tuple[int, int, int], data: st.DataObject
+) -> None:
+    plan = random_plan(seed, number, *shape)
+    ranks = plan.topology.world_size
+    batch_sizes = data.draw(st.lists(st.integers(0, 4), min_size=ranks, max_size=ranks))
+    assert embedding_traffic(plan, batch_sizes).bytes_per_link() == enumerate_transfers(plan, batch_sizes)
+    assert bytes_per_link(plan, 3) == enumerate_transfers(plan, [3] * ranks)
+
+
+@pytest.mark.parametrize(("hosts", "local_ranks"), [(2, 2), (4, 8), (8, 2), (3, 4)])
+def test_even_tables_give_the_formulas_of_the_paper(hosts: int, local_ranks: int) -> None:
+    ranks, batch_size, dim = hosts * local_ranks, 64, 16
+    tables = [TableSpec(f"emb.{i}", 100, dim) for i in range(2 * ranks)]
+    plan = make_plan(tables, Topology(hosts, local_ranks))
+    traffic = embedding_traffic(plan, [batch_size] * ranks)
+    per_rank = batch_size * len(tables) * dim * 4  # M of the paper
+    flat = {hop.direction: hop for hop in traffic.flat if hop.name == "flat embeddings"}
+    in_host = {hop.direction: hop for hop in traffic.sptt if hop.name == "in-host embeddings"}
+    peer = {hop.direction: hop for hop in traffic.sptt if hop.name == "peer embeddings"}
+    for direction in ("forward", "backward"):
+        assert flat[direction].cross_bytes == ranks * per_rank * (hosts - 1) / hosts
+        assert flat[direction].intra_bytes == ranks * per_rank * (local_ranks - 1) / ranks
+        assert flat[direction].largest_rank_bytes == per_rank * (ranks - 1) / ranks
+        assert in_host[direction].intra_bytes == ranks * per_rank * (local_ranks - 1) / local_ranks
+        assert in_host[direction].cross_bytes == 0
+        assert peer[direction].cross_bytes == ranks * per_rank * (hosts - 1) / hosts
+        assert peer[direction].intra_bytes == 0
+    assert traffic.flat[0] == traffic.sptt[0]
+    assert message_counts(plan) == {
+        "flat": {"intra": local_ranks - 1, "cross": ranks - local_ranks},
+        "sptt": {"intra": local_ranks - 1, "cross": hosts - 1},
+    }
+
+
+def test_the_paper_s_worked_example() -> None:
+    plan = make_plan([TableSpec(f"emb.{i}", 100, 128) for i in range(26)], Topology(8, 8))
+    traffic = embedding_traffic(plan, [16384] * 64)
+    assert traffic.flat[1].cross_bytes / 64 == 182 * MIB
+    assert sum(hop.cross_bytes for hop in traffic.sptt if hop.direction == "forward" and hop.name != "ids") / 64 == 182 * MIB
+
+
+def test_towers_over_several_hosts_cross_hosts_twice_in_fewer_messages() -> None:
+    plan = make_plan([TableSpec(f"emb.{i}", 100, 8) for i in range(8)], Topology(4, 2), towers=2)
+    assert message_counts(plan)["sptt"] == {"intra": 1, "cross": 2 + 1}
+    in_host = embedding_traffic(plan, [10] * 8).sptt[1]
+    assert in_host.name == "in-host embeddings"
+    # 8 tables of 32 bytes, 2 groups x 10 samples for each of 3 other ranks, 2 of them on the tower's other host
+    assert (in_host.intra_bytes, in_host.cross_bytes) == (8 * 32 * 20, 8 * 32 * 20 * 2)
+
+
+def test_gradients_mirror_embeddings() -> None:
+    plan = random_plan(3, 7, 2, 3, 2)
+    hops: dict[str, dict[str, Hop]] = defaultdict(dict)
+    traffic = embedding_traffic(plan, [1, 2, 3, 4, 5, 6])
+    for hop in (*traffic.flat, *traffic.sptt):
+        hops[hop.name][hop.direction] = hop
+    assert hops.keys() == {"ids", "flat embeddings", "in-host embeddings", "peer embeddings"}
+    assert hops.pop("ids").keys() == {"forward"}
+    for both in hops.values():
+        assert both["forward"].intra_bytes == both["backward"].intra_bytes
+        assert both["forward"].cross_bytes == both["backward"].cross_bytes
+
+
+def test_the_busiest_rank_is_the_owner_forward_and_the_largest_batch_backward() -> None:
+    plan = make_plan([TableSpec("emb.0", 10, 4)], Topology(1, 3))
+    forward, backward = embedding_traffic(plan, [1, 2, 5]).flat[1:]
+    assert plan.owner("emb.0") == 0
+    assert (forward.largest_rank_bytes, backward.largest_rank_bytes) == (16 * 7, 16 * 5)
+
+
+def test_counted_ids_replace_the_mean_pooling() -> None:
+    plan = make_plan([TableSpec("emb.0", 10, 4, features=2, pooling=100.0)], Topology(1, 2))
+    ids = embedding_traffic(plan, [3, 5], id_counts={"emb.0": [7, 11]}).flat[0]
+    assert (ids.intra_bytes, ids.cross_bytes) == (8 * 11 + 8 * 2 * 5, 0)
+
+
+def test_fractional_pooling_rounds_to_whole_bytes() -> None:
+    plan = make_plan([TableSpec("emb.0", 10, 4, pooling=1.3)], Topology(1, 2))
+    assert embedding_traffic(plan, [1, 1]).flat[0].intra_bytes == 18
+
+
+def test_split_tables_are_refused() -> None:
+    plan = TowerPlan(
+        topology=Topology(1, 2),
+        tables=(TableSpec("emb.0", 4, 4),),
+        towers=(Tower("tower0", ("emb.0",), (0,), 4),),
+        placements={"emb.0": (Shard(0, (0, 4), (0, 2)), Shard(1, (0, 4), (2, 4)))},
+    )
+    with pytest.raises(PlanError, match="expected one shard for table emb.0, found 2"):
+        bytes_per_link(plan, 1)

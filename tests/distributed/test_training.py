@@ -1,0 +1,68 @@
+"""Four real ranks train as the flat model on the concatenated batch does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests._tolerances import FORWARD, GRADIENT
+from tests.distributed import scenarios
+from tests.ranks import run_ranks, values
+
+LONGEST_SUM = 64  # ids of one row in a global batch, and the widest layer
+
+
+@pytest.mark.parametrize(
+    ("kind", "sparse", "topology", "built_after", "clip"),
+    [
+        ("sgd", False, "2x2", False, None),
+        ("sgd", True, "4x1", False, 0.5),
+        ("momentum", False, "1x4", True, None),
+        ("adagrad", False, "2x2", False, 0.5),
+        ("adagrad", True, "2x2", True, None),
+        ("adam", False, "2x2", True, None),
+        ("sparse_adam", True, "2x2", False, None),
+    ],
+)
+def test_training_equals_the_flat_model(
+    kind: str, sparse: bool, topology: str, built_after: bool, clip: float | None
+) -> None:
+    results = values(run_ranks(scenarios.train, 4, kind, sparse, topology, built_after, clip))
+    for result in results:
+        assert result["output"] <= FORWARD[torch.float32] * LONGEST_SUM**0.5
+        for name in ("gradient", "norm", "weights"):
+            assert result[name] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5, name
+    owned = [sum(result["owned"]) for result in results]
+    assert sum(owned) == (50 + 20 + 7 + 33 + 11) * 8  # every element once
+    per_element = {"sgd": 0, "momentum": 1, "adagrad": 1, "adam": 2, "sparse_adam": 2}[kind]
+    assert [result["state"] for result in results] == [per_element * elements for elements in owned]
+
+
+def test_batches_of_any_size_share_two_graphs_on_every_rank() -> None:
+    assert values(run_ranks(scenarios.evaluate_and_train, 4)) == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("how", ["head", "graph break"])
+def test_dense_parameters_outside_the_graph_are_averaged(how: str) -> None:
+    for result in values(run_ranks(scenarios.partly_compiled, 4, how)):
+        assert result["gradient"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
+
+
+def test_buffers_are_those_of_rank_zero_before_each_step() -> None:
+    results = values(run_ranks(scenarios.buffers, 4))
+    # All started from rank 0's mean of 0 (not from their own rank), then took up 0.1 of their own batch's mean.
+    assert all(max(map(abs, running_mean)) < 0.2 for running_mean in results)
+    assert len({tuple(running_mean) for running_mean in results}) == 4
+
+
+def test_a_sharded_model_in_the_hands_of_users() -> None:
+    for said in values(run_ranks(scenarios.handling, 4)):
+        assert said["eager"].startswith("UnsupportedGraphError sharded table emb.0: expected use inside the compiled")
+        assert "full_state_dict" in said["eager"]
+        assert said["state_dict"].startswith("CheckpointError checkpoint: expected dmt_compile.full_state_dict")
+        assert "dmt_compile.clip_grad_norm_" in said["clip"]
+        assert said["deepcopy"] == "ok ShardedTable"
+        assert said["adagrad"].startswith("ok")
+        assert said["load_state_dict"] == "ok <All keys matched successfully>"
+        assert said["loaded"] == "True"
+        assert said["double"] == "ok torch.float64"

@@ -1,0 +1,79 @@
+"""Flat models as users write them, and batches for them; shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+Batch = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
+
+
+class DLRM(nn.Module):
+    """A DLRM with a dot interaction; without ``dense`` width equal to the tables' it concatenates instead."""
+
+    def __init__(
+        self,
+        rows: Sequence[int] = (50, 20, 7, 33, 11),
+        dims: Sequence[int] | int = 8,
+        modes: Sequence[str] | str = "sum",
+        sparse: bool = False,
+        dense: int = 5,
+    ) -> None:
+        super().__init__()
+        dims = [dims] * len(rows) if isinstance(dims, int) else list(dims)
+        modes = [modes] * len(rows) if isinstance(modes, str) else list(modes)
+        self.emb = nn.ModuleList(
+            nn.EmbeddingBag(r, d, mode=m, sparse=sparse) for r, d, m in zip(rows, dims, modes, strict=True)
+        )
+        self.dot = len(set(dims)) == 1
+        width = dims[0]
+        self.bottom = nn.Sequential(nn.Linear(dense, 16), nn.ReLU(), nn.Linear(16, width), nn.ReLU())
+        vectors = len(rows) + 1
+        pairs = [(i, j) for i in range(vectors) for j in range(i)]
+        self.register_buffer("rows_of_pairs", torch.tensor([i for i, _ in pairs]))
+        self.register_buffer("columns_of_pairs", torch.tensor([j for _, j in pairs]))
+        joined = width + len(pairs) if self.dot else width + sum(dims)
+        self.top = nn.Sequential(nn.Linear(joined, 16), nn.ReLU(), nn.Linear(16, 1))
+
+    def forward(self, dense: torch.Tensor, ids: list[torch.Tensor], offsets: list[torch.Tensor]) -> torch.Tensor:
+        bottom = self.bottom(dense)
+        looked_up = [table(i, o) for table, i, o in zip(self.emb, ids, offsets, strict=True)]
+        stacked = torch.cat([bottom, *looked_up], dim=1)
+        if not self.dot:
+            return self.top(stacked).squeeze(1)
+        vectors = stacked.view(bottom.shape[0], -1, bottom.shape[1])
+        products = torch.bmm(vectors, vectors.transpose(1, 2))
+        pairs = products[:, self.rows_of_pairs, self.columns_of_pairs]
+        return self.top(torch.cat([bottom, pairs], dim=1)).squeeze(1)
+
+
+def make_batch(model: DLRM, samples: int, generator: torch.Generator, longest: int = 3) -> Batch:
+    """Return a ragged batch: bags of 0 to ``longest`` ids."""
+    ids, offsets = [], []
+    for table in model.emb:
+        lengths = torch.randint(0, longest + 1, (samples,), generator=generator)
+        ids.append(torch.randint(0, table.num_embeddings, (int(lengths.sum()),), generator=generator))
+        offsets.append(lengths.cumsum(0) - lengths)
+    return torch.randn(samples, model.bottom[0].in_features, generator=generator), ids, offsets
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Return the global batch that a flat model on one process would see."""
+    ids, offsets = [], []
+    for feature in range(len(batches[0][1])):
+        ids.append(torch.cat([batch[1][feature] for batch in batches]))
+        starts, before = [], 0
+        for batch in batches:
+            starts.append(batch[2][feature] + before)
+            before += len(batch[1][feature])
+        offsets.append(torch.cat(starts))
+    return torch.cat([batch[0] for batch in batches]), ids, offsets
+
+
+def dense_of(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Return a gradient as a plain dense tensor; zeros for none."""
+    if gradient is None:
+        return torch.zeros_like(like)
+    return gradient.to_dense() if gradient.layout == torch.sparse_coo else gradient

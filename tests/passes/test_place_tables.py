@@ -1,0 +1,48 @@
+"""place_tables: the plan's shards on the graph's inputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tests.passes._harness import dense, dlrm
+
+from dmt_compile.errors import UnsupportedGraphError
+from dmt_compile.plan import Shard
+
+
+def test_every_table_input_carries_its_shard() -> None:
+    graph = dlrm("2x2")
+    graph.advance("partition_towers")
+    before = graph.code()
+    report = graph.advance("place_tables")
+    assert (report.changed, report.matched, report.skipped) == (True, 3, ())
+    assert graph.code() == before
+    assert graph.ctx.plan is not None
+    for name in ("emb.0", "emb.1", "emb.2"):
+        assert graph.input(f"{name}.weight").meta["shards"] == graph.ctx.plan.placements[name]
+    assert "shards" not in graph.input("top.0.weight").meta
+
+
+def test_without_tables_nothing_changes() -> None:
+    report = dense("2x2").advance("place_tables")
+    assert (report.changed, report.matched, report.skipped) == (False, 0, ())
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_a_split_table_is_refused_by_name(axis: str) -> None:
+    graph = dlrm("1x2")
+    graph.advance("partition_towers")
+    plan = graph.ctx.plan
+    assert plan is not None
+    halves = {
+        "rows": (Shard(0, (0, 3), (0, 8)), Shard(1, (3, 6), (0, 8))),
+        "columns": (Shard(0, (0, 6), (0, 4)), Shard(1, (0, 6), (4, 8))),
+    }
+    graph.ctx.plan = replace(plan, placements={**plan.placements, "emb.0": halves[axis]})
+    text = (
+        "place_tables: expected one shard for table emb.0, found 2; place whole tables, row and column shards cannot be "
+        "looked up yet"
+    )
+    with pytest.raises(UnsupportedGraphError, match=text):
+        graph.advance("place_tables")
