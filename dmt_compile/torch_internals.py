@@ -140,8 +140,7 @@ def mark_before_tracing(is_ours: Callable[[Any], bool], dims_of: Callable[[torch
     """Mark the tensors among a frame's variables before Dynamo traces it for a backend of ours.
 
     Dynamo offers no such hook to a backend; its compile callbacks do not name the frame, so it is read off the stack.
-    Where that fails (another version, or ``torch._dynamo.reset`` dropped the callback) the backend marks and restarts
-    the analysis instead: one trace more, the same graph.
+    Where that fails (another version) the backend marks and restarts the analysis instead: one trace more, the same graph.
 
     Args:
         is_ours: tells whether a backend is one that wants this.
@@ -167,8 +166,20 @@ def mark_before_tracing(is_ours: Callable[[Any], bool], dims_of: Callable[[torch
             if tensor is not None:
                 unmark_dynamic_dims(tensor)
 
-    torch._dynamo.callback.on_compile_start(start)
-    torch._dynamo.callback.on_compile_end(end)
+    handler = torch._dynamo.callback.callback_handler
+    handler.start_callbacks = _LastingCallbacks(handler.start_callbacks, start)
+    handler.end_callbacks = _LastingCallbacks(handler.end_callbacks, end)
+
+
+class _LastingCallbacks(list[Callable[[Any], None]]):
+    """Callbacks of which one outlives ``torch._dynamo.reset``: the backend stays registered, and so must its hook."""
+
+    def __init__(self, others: Sequence[Callable[[Any], None]], lasting: Callable[[Any], None]) -> None:
+        super().__init__([*others, lasting])
+        self._lasting = lasting
+
+    def clear(self) -> None:
+        self[:] = [self._lasting]
 
 
 def _innermost_backend(backend: Any) -> Any:

@@ -107,6 +107,8 @@ class FindTables(Pass):
                 kept.append((node, arguments))
             else:
                 skipped.append(self._leave(node, reason, arguments, ctx))
+        if len(kept) < len(bags):  # what stays may read the table of what was kept
+            return self._consistent(kept, ctx, skipped)
         return kept
 
     def _rewrite(self, gm: fx.GraphModule, ctx: PassContext, bags: list[tuple[fx.Node, dict[str, Any]]]) -> None:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def explanation_text(explanation: Explanation, width: int = 110) -> str:
     """Return what was found, the plan, the bytes on each link and the passes, as plain text."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    # Source lines hold brackets and colons, which rich would read as markup and emoji.
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
     found, unmatched = explanation.tables, explanation.unmatched
     console.print(f"Found {len(found)} embedding tables; {len(unmatched)} lookups stay flat.")
     if explanation.interaction is None:
@@ -25,7 +26,7 @@ def explanation_text(explanation: Explanation, width: int = 110) -> str:
         console.print(f"Interaction: {explanation.interaction.kind} over {count} features{dense}.")
     for item in unmatched:
         console.print(f"  stays flat: {item.node}: {item.reason}\n    {item.source_line}", soft_wrap=True)
-    console.print(str(explanation.plan), end="")
+    console.print(str(explanation.plan))
     console.print(_links(explanation))
     console.print(_passes(explanation))
     console.print(f"Effect on numbers: {explanation.effect.name} ({explanation.effect.explain()}).")

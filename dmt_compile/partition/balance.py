@@ -208,7 +208,7 @@ def _integer_program(weights_NR: Floats, bins: int, bound: float, reached: float
             LinearConstraint(placed_once, 1.0, 1.0),
             LinearConstraint(vstack(bin_totals), -np.inf, 0.0),
         ],
-        options=MILP_OPTIONS,
+        options=dict(MILP_OPTIONS),  # milp changes what it is given
     )
     if solution.x is None:
         return None

@@ -66,36 +66,32 @@ def find_fault(
             return Fault(BATCH_SIZE, index, sizes[0], size)
     if not ids or not check_ids:
         return None
-    device = ids[0].device
-    counts = [len(feature_ids) for feature_ids in ids]
     if sizes[0] == 0:
-        for index, count in enumerate(counts):
-            if count:
-                return Fault(OFFSETS, index, 0, count)
-        return None
+        return next((Fault(OFFSETS, index, 0, len(found)) for index, found in enumerate(ids) if len(found)), None)
     lengths_FB = bag_lengths(ids, offsets)
     starts_F = torch.stack([feature_offsets[0] for feature_offsets in offsets])
-    ids_N = torch.cat([feature_ids.long() for feature_ids in ids])
-    bounds_N = torch.repeat_interleave(
-        torch.tensor(rows, device=device), torch.tensor(counts, device=device), output_size=len(ids_N)
-    )
-    outside_N = (ids_N < 0) | (ids_N >= bounds_N)
-    bad_ids, bad_offsets = torch.stack([outside_N.any(), (lengths_FB < 0).any() | (starts_F != 0).any()]).tolist()
-    if bad_offsets:
-        if bool((starts_F != 0).any()):
-            feature = int((starts_F != 0).nonzero()[0])
-            return Fault(OFFSETS, feature, 0, int(lengths_FB[feature, 0]))
-        feature, position = (int(i) for i in (lengths_FB < 0).nonzero()[0])
-        return Fault(OFFSETS, feature, position, int(lengths_FB[feature, position]))
-    if bad_ids:
-        flat = int(outside_N.nonzero()[0])
-        feature = 0
-        position = flat
-        while position >= counts[feature]:
-            position -= counts[feature]
-            feature += 1
-        return Fault(ID_RANGE, feature, position, int(ids_N[flat]))
+    filled = [index for index, feature_ids in enumerate(ids) if len(feature_ids)]
+    ranges = [torch.stack(torch.aminmax(ids[index])) for index in filled]
+    extremes_F2 = torch.stack(ranges) if ranges else starts_F.new_zeros(0, 2)
+    bad_offsets = (lengths_FB < 0).any() | (starts_F != 0).any()
+    report = torch.cat([extremes_F2.long().reshape(-1), bad_offsets.long().reshape(1)]).tolist()
+    if report[-1]:
+        return _offsets_fault(lengths_FB, starts_F)
+    for position, index in enumerate(filled):
+        lowest, highest = report[2 * position : 2 * position + 2]
+        if lowest < 0 or highest >= rows[index]:
+            outside_N = (ids[index] < 0) | (ids[index] >= rows[index])
+            first = int(outside_N.nonzero()[0])
+            return Fault(ID_RANGE, index, first, int(ids[index][first]))
     return None
+
+
+def _offsets_fault(lengths_FB: torch.Tensor, starts_F: torch.Tensor) -> Fault:
+    if bool((starts_F != 0).any()):
+        feature = int((starts_F != 0).nonzero()[0])
+        return Fault(OFFSETS, feature, 0, int(lengths_FB[feature, 0]))
+    feature, position = (int(index) for index in (lengths_FB < 0).nonzero()[0])
+    return Fault(OFFSETS, feature, position, int(lengths_FB[feature, position]))
 
 
 def bag_lengths(ids: Sequence[torch.Tensor], offsets: Sequence[torch.Tensor]) -> torch.Tensor:

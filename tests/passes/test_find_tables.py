@@ -54,7 +54,7 @@ def test_the_check_covers_all_inputs_of_the_batch() -> None:
     assert [n.name for n in ids] == ["l_ids_0_", "l_ids_1_", "l_ids_2_"]
     assert [n.name for n in offsets] == ["l_offsets_0_", "l_offsets_1_", "l_offsets_2_"]
     assert [n.name for n in others] == ["l_dense_"]
-    assert (rows, labels, check_ids) == ((6, 5, 4), ("emb.0", "emb.1", "emb.2", "l_dense_"), False)
+    assert (rows, labels, check_ids) == ((6, 5, 4), ("emb.0", "emb.1", "emb.2", "dense"), False)
 
 
 def test_a_model_without_tables_stays_as_it_is() -> None:

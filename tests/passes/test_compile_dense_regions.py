@@ -1,0 +1,130 @@
+"""compile_dense_regions: how many regions, what stays outside, and what happens where the compiler fails."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from tests.passes._harness import Captured, Lookups, bags, capture, dense, dlrm
+
+import torch
+from dmt_compile import torch_internals
+from dmt_compile.errors import UnsupportedGraphError
+from dmt_compile.ir import ops
+from dmt_compile.ir.exchange_ops import all_to_all
+from dmt_compile.ir.stages import Effect
+from dmt_compile.runtime.regions import DenseRegion
+from torch import fx, nn
+from torch.nn import functional as F
+
+LINEAR = torch._C._nn.linear
+NAME = "compile_dense_regions"
+
+
+def regions(graph: Captured) -> list[fx.GraphModule]:
+    """Return the graphs of the regions, in the order they run."""
+    found = [graph.gm.get_submodule(n.target) for n in graph.gm.graph.nodes if n.op == "call_module"]
+    assert all(isinstance(region, DenseRegion) for region in found)
+    return [region.graph_module for region in found]
+
+
+def linears(gm: fx.GraphModule) -> int:
+    return sum(node.target is LINEAR for node in gm.graph.nodes)
+
+
+def test_one_rank_has_one_region_with_the_same_numbers() -> None:
+    graph = dlrm()
+    graph.advance("batch_lookups")
+    expected = graph.outputs()
+    report = graph.advance(NAME)
+    assert (report.changed, report.matched, report.skipped, report.effect) == (True, 1, (), Effect.EXACT)
+    assert [linears(region) for region in regions(graph)] == [4]
+    assert graph.count(LINEAR) == 0
+    assert torch.equal(graph.outputs(), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_bottom_layers_run_while_embeddings_travel(training: bool) -> None:
+    graph = dlrm("2x2", training)
+    report = graph.advance(NAME)
+    assert (report.matched, report.skipped) == (2, ())
+    bottom, top = regions(graph)
+    assert (linears(bottom), linears(top)) == (2, 2)
+    order = [node for node in graph.gm.graph.nodes if node.op == "call_module" or node.target is all_to_all]
+    assert order[0].op == "call_module"  # the bottom layers do not wait for the first exchange
+    assert order[-1].op == "call_module"
+
+
+def test_what_feeds_ids_into_lookups_stays_outside() -> None:
+    model = Lookups(lambda m, ids, offsets: m.odd(ids.remainder(3), offsets), nn.EmbeddingBag(3, 4, mode="sum"))
+    graph = capture(model, bags()).on("1x1")
+    graph.advance("batch_lookups")
+    expected = graph.outputs()
+    assert graph.advance(NAME).matched == 1
+    outside = [node for node in graph.gm.graph.nodes if node.target == "remainder"]
+    assert len(outside) == 1
+    assert graph.node(ops.check_batch).args[0][1] is outside[0]
+    assert torch.equal(graph.outputs(), expected)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_only_a_sparse_lookup_that_stayed_flat_is_outside(sparse: bool) -> None:
+    model = Lookups(lambda m, ids, offsets: m.odd(offsets), nn.Embedding(6, 4, sparse=sparse))
+    graph = capture(model, bags()).on("1x1")
+    graph.advance(NAME)
+    assert graph.count(F.embedding) == sparse
+
+
+def test_a_graph_without_tables_is_one_region() -> None:
+    graph = dense()
+    assert graph.advance(NAME).matched == 1
+    assert [linears(region) for region in regions(graph)] == [1]
+
+
+def test_nothing_to_compile_is_no_change() -> None:
+    class Identity(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = nn.EmbeddingBag(6, 4, mode="sum")
+
+        def forward(self, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+            return self.emb(ids, offsets)
+
+    report = capture(Identity(), bags()).on("1x1").advance(NAME)
+    assert (report.changed, report.matched, report.skipped) == (False, 0, ())
+
+
+def test_the_effect_is_that_of_the_compiler() -> None:
+    assert dlrm(dense_compiler="aot_eager").advance(NAME).effect is Effect.REORDERED
+
+
+def failing(*args: Any) -> Any:
+    raise RuntimeError("no such instruction\nand more")
+
+
+def test_a_region_that_does_not_compile_runs_eagerly_with_a_notice(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch_internals, "compile_with_inductor", failing)
+    graph = dlrm(dense_compiler="inductor")
+    graph.advance("batch_lookups")
+    expected = graph.outputs()
+    with caplog.at_level(logging.WARNING, "dmt_compile"):
+        report = graph.advance(NAME)
+    reason = "inductor failed: RuntimeError: no such instruction"
+    assert (report.changed, report.matched) == (True, 1)
+    assert [why for _, why in report.skipped] == [reason]
+    assert caplog.messages == [f"compile_dense_regions: dense_0 runs in eager mode: {reason}"]
+    assert graph.ctx.embedding_graph.unmatched[-1].reason == reason
+    assert torch.equal(graph.outputs(), expected)
+
+
+def test_strict_makes_that_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_internals, "compile_with_inductor", failing)
+    text = (
+        r"compile_dense_regions: expected a region that can be rewritten for squeeze, found that inductor failed: "
+        r"RuntimeError: no such instruction \(.*models.py:\d+: return self.top\(.*\); change the line or drop strict=True"
+    )
+    with pytest.raises(UnsupportedGraphError, match=text):
+        dlrm(dense_compiler="inductor", strict=True).advance(NAME)

@@ -1,0 +1,364 @@
+"""Every rank of random topologies against the flat model, for random models, plans and batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests._tolerances import assert_reordered
+from tests.models import DLRM, Batch, concatenate, dense_of, make_batch
+
+import dmt_compile
+import torch
+from dmt_compile import SimulatedWorld, Topology
+from dmt_compile.cost.traffic import embedding_traffic
+from dmt_compile.errors import BatchError, CollectiveError, ConfigError
+from torch import nn
+
+LONGEST_SUM = 400  # ids of one row in a global batch of 16 ranks
+EXAMPLES = max(1, settings().max_examples // 4)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+class Probe(DLRM):
+    """Tables of any kind under an MLP; gives its lookups too, side by side."""
+
+    def __init__(self, readers: Sequence[int], sparse: Sequence[bool], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        for table, is_sparse in zip(self.emb, sparse, strict=True):
+            table.sparse = is_sparse
+        self.readers = list(readers)  # the table of each feature
+        widths = [self.emb[table].embedding_dim for table in readers]
+        self.head = nn.Sequential(nn.Linear(sum(widths) + self.bottom[2].out_features, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(
+        self, dense: torch.Tensor, ids: list[torch.Tensor], offsets: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        looked_up = [self.emb[t](i, o) for t, i, o in zip(self.readers, ids, offsets, strict=True)]
+        pooled = torch.cat(looked_up, dim=1)
+        return pooled, self.head(torch.cat([self.bottom(dense), pooled], dim=1)).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a topology, a way to partition, and the local batch sizes of some steps."""
+
+    rows: list[int]
+    dims: list[int]
+    modes: list[str]
+    sparse: list[bool]
+    shared: int | None
+    topology: Topology
+    options: dict[str, Any]
+    sizes: list[list[int]]
+    seed: int
+
+    def model(self) -> Probe:
+        torch.manual_seed(self.seed)
+        readers = [*range(len(self.rows)), *([] if self.shared is None else [self.shared])]
+        return Probe(readers, self.sparse, rows=self.rows, dims=self.dims, modes=self.modes)
+
+    def batches(self, model: Probe, sizes: list[int], generator: torch.Generator) -> list[Batch]:
+        made = [make_batch(model, size, generator, longest=4) for size in sizes]
+        if self.shared is None:
+            return made
+        return [
+            (dense, [*ids, ids[self.shared].flip(0)], [*offsets, offsets[self.shared]]) for dense, ids, offsets in made
+        ]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    number = draw(st.integers(1, 12))
+    topology = Topology(draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    dims = [draw(st.integers(1, 20))] * number
+    if draw(st.booleans()):
+        dims = draw(st.lists(st.integers(1, 20), min_size=number, max_size=number))
+    towers = draw(st.sampled_from([n for n in range(1, 9) if n % topology.hosts == 0 or topology.hosts % n == 0]))
+    partition: str | list[list[str]] = draw(st.sampled_from(["balanced", "strided", "explicit"]))
+    options: dict[str, Any] = {"partition": partition, "towers": towers}
+    if partition == "explicit":
+        of_table = draw(st.lists(st.integers(0, towers - 1), min_size=number, max_size=number))
+        options = {"partition": [[f"emb.{i}" for i, k in enumerate(of_table) if k == tower] for tower in range(towers)]}
+    ranks = topology.world_size
+    return Case(
+        rows=draw(st.lists(st.integers(1, 60), min_size=number, max_size=number)),
+        dims=dims,
+        modes=draw(st.lists(st.sampled_from(["sum", "mean"]), min_size=number, max_size=number)),
+        sparse=draw(st.lists(st.booleans(), min_size=number, max_size=number)),
+        shared=draw(st.none() | st.integers(0, number - 1)),
+        topology=topology,
+        options=options,
+        sizes=[draw(st.lists(st.integers(0, 5), min_size=ranks, max_size=ranks)) for _ in range(3)],
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@given(case=cases())
+@settings(max_examples=EXAMPLES)
+def test_random_worlds_equal_the_flat_model(case: Case) -> None:
+    torch._dynamo.reset()
+    model = case.model()
+    flat = copy.deepcopy(model)
+    world = SimulatedWorld(case.topology)
+    ranks = case.topology.world_size
+    generator = torch.Generator().manual_seed(case.seed)
+
+    # Bitwise: what the last exchange delivers, and table gradients for the same incoming gradient.
+    local = case.batches(model, case.sizes[0], generator)
+    pooled = [out[0] for out in world.run(model, local, dense_compiler="eager", **case.options)]
+    for rank, batch in enumerate(local):
+        assert torch.equal(pooled[rank], flat(*batch)[0]), rank
+    expected = flat(*concatenate(local))[0]
+    weights = torch.randint(-8, 9, expected.shape, generator=generator).float()
+    sum((p * w).sum() for p, w in zip(pooled, weights.split(case.sizes[0]), strict=True)).backward()
+    (expected * (weights * (1 / ranks))).sum().backward()
+    for index, (mine, theirs) in enumerate(zip(model.emb, flat.emb, strict=True)):
+        gradient, wanted = (dense_of(table.weight.grad, table.weight) for table in (mine, theirs))
+        assert mine.weight.grad is None or mine.weight.grad.is_sparse == case.sparse[index]
+        if index == case.shared:  # two features add up in another order
+            assert_reordered(gradient, wanted, LONGEST_SUM, gradient=True)
+        else:
+            assert torch.equal(gradient, wanted), index
+
+    # Within the tolerances: outputs, all gradients, and weights after three steps.
+    optimizers = [torch.optim.SGD(bare.parameters(), 0.1) for bare in (model, flat)]
+    for sizes in case.sizes:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        local = case.batches(model, sizes, generator)
+        outputs = [out[1] for out in world.run(model, local, dense_compiler="eager", **case.options)]
+        flat_output = flat(*concatenate(local))[1]
+        assert [len(output) for output in outputs] == sizes
+        assert_reordered(torch.cat(outputs).detach(), flat_output.detach(), LONGEST_SUM)
+        sum(output.square().sum() for output in outputs).backward()
+        (flat_output.square().sum() / ranks).backward()
+        assert_same_gradients(model, flat)
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, theirs in zip(model.parameters(), flat.parameters(), strict=True):
+        assert_reordered(mine.detach(), theirs.detach(), LONGEST_SUM, gradient=True)
+
+
+def assert_same_gradients(model: nn.Module, flat: nn.Module) -> None:
+    """Compare all gradients with the flat model's; errors are relative to the largest of each."""
+    for mine, theirs in zip(model.parameters(), flat.parameters(), strict=True):
+        assert_reordered(dense_of(mine.grad, mine), dense_of(theirs.grad, theirs), LONGEST_SUM, gradient=True)
+
+
+@pytest.mark.parametrize(
+    ("topology", "arguments", "options"),
+    [
+        ("2x2", {"sparse": True}, {}),
+        ("3x2", {"modes": "max"}, {"towers": 1}),
+        ("1x3", {"modes": ("mean", "max", "sum", "mean", "max")}, {"partition": "strided"}),
+        ("4x1", {"dims": (4, 8, 1, 3, 9)}, {"towers": 2}),
+    ],
+)
+def test_a_dlrm_trains_and_evaluates_as_the_flat_model_does(
+    topology: str, arguments: dict[str, Any], options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    model = DLRM(**arguments)
+    flat = copy.deepcopy(model)
+    world = SimulatedWorld(topology)
+    ranks = world.topology.world_size
+    optimizers = [torch.optim.Adagrad(bare.parameters(), 0.1) for bare in (model, flat)]
+    generator = torch.Generator().manual_seed(1)
+    for step in range(3):
+        local = [make_batch(model, (rank + step) % 4, generator) for rank in range(ranks)]
+        outputs = world.run(model, local, dense_compiler="eager", **options)
+        for output, batch in zip(outputs, local, strict=True):
+            if len(batch[0]):  # the flat model's view cannot tell the sizes of an empty batch
+                assert torch.equal(output, flat(*batch))
+        sum(output.sum() for output in outputs).backward()
+        (flat(*concatenate(local)).sum() / ranks).backward()
+        assert_same_gradients(model, flat)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, theirs in zip(model.parameters(), flat.parameters(), strict=True):
+        assert_reordered(mine.detach(), theirs.detach(), LONGEST_SUM, gradient=True)
+    local = [make_batch(model, 2, generator) for _ in range(ranks)]
+    world.ledger.clear()
+    with torch.no_grad():
+        for output, batch in zip(world.run(model, local, dense_compiler="eager", **options), local, strict=True):
+            assert torch.equal(output, model(*batch))
+            assert not output.requires_grad
+    assert {direction for _, direction, _ in world.ledger.records} == {"forward"}
+
+
+# --------------------------------------------------------------------------------------------------------------- ledger
+
+
+def step(world: SimulatedWorld, model: DLRM, sizes: Sequence[int], **options: Any) -> list[Batch]:
+    """Run one training step and return its batches."""
+    generator = torch.Generator().manual_seed(2)
+    local = [make_batch(model, size, generator) for size in sizes]
+    outputs = world.run(model, local, dense_compiler="eager", **options)
+    sum(output.sum() for output in outputs).backward()
+    return local
+
+
+@pytest.mark.parametrize(("topology", "towers"), [("2x2", 2), ("4x2", 2), ("1x3", 1), ("3x1", 3), ("2x1", 1)])
+def test_the_ledger_holds_every_collective_of_a_ragged_step(topology: str, towers: int) -> None:
+    torch.manual_seed(0)
+    model = DLRM()
+    world = SimulatedWorld(topology)
+    shape = world.topology
+    ranks = shape.world_size
+    sizes = [(3 * rank) % 5 for rank in range(ranks)]
+    local = step(world, model, sizes, towers=towers)
+    plan = _plan_of_first_rank(model, local, topology, towers)
+    counts = {f"emb.{i}": [len(batch[1][i]) for batch in local] for i in range(5)}
+    expected: dict[tuple[str, str, str], int] = {}
+    names = {"ids": "ids", "in-host embeddings": "intra", "peer embeddings": "peer"}
+    for hop in embedding_traffic(plan, sizes, counts).sptt:
+        for link, sent in (("intra", hop.intra_bytes), ("cross", hop.cross_bytes)):
+            if sent:
+                expected[names[hop.name], hop.direction, link] = sent
+    found = {key: sent for key, sent in world.ledger.records.items() if key[0] in names.values()}
+    assert found == expected
+    rest = {key: sent for key, sent in world.ledger.records.items() if key not in found}
+    assert {collective for collective, _, _ in rest} == {"exchange_headers", "synchronize"}
+    dense_bytes = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("emb."))
+    around_the_ring = sum(sent for (collective, _, _), sent in rest.items() if collective == "synchronize")
+    assert around_the_ring == ranks * (2 * dense_bytes * (ranks - 1) // ranks)
+    if shape.local_ranks == 1:
+        assert world.ledger.bytes_per_link()["intra"] == 0
+    if shape.hosts == 1:
+        assert world.ledger.bytes_per_link()["cross"] == 0
+    assert sum(world.ledger.bytes_per_link().values()) == sum(world.ledger.records.values()) > 0
+    world.ledger.clear()
+    assert world.ledger.bytes_per_link() == {"intra": 0, "cross": 0}
+
+
+def _plan_of_first_rank(model: DLRM, local: Sequence[Batch], topology: str, towers: int) -> dmt_compile.TowerPlan:
+    """Return the plan that the world made: it compiles, and measures pooling, at its first rank's batch."""
+    return dmt_compile.plan(model, local[0], topology, towers=towers)
+
+
+def test_one_rank_moves_nothing() -> None:
+    world = SimulatedWorld("1x1")
+    step(world, DLRM(), [3])
+    assert dict(world.ledger.records) == {}
+
+
+# --------------------------------------------------------------------------------------------------------------- misuse
+
+
+@pytest.mark.parametrize("number", [0, 3, 5])
+def test_another_number_of_batches_than_ranks(number: int) -> None:
+    model = DLRM()
+    generator = torch.Generator().manual_seed(0)
+    local = [make_batch(model, 2, generator) for _ in range(number)]
+    with pytest.raises(ConfigError, match=f"expected one batch for each of 4 ranks, found {number}; pass an empty"):
+        SimulatedWorld("2x2").run(model, local)
+
+
+def test_a_bad_option_is_named() -> None:
+    model = DLRM()
+    local = [make_batch(model, 2, torch.Generator().manual_seed(0))] * 2
+    with pytest.raises(ConfigError, match="found 'tower'; did you mean 'towers'"):
+        SimulatedWorld("2x1").run(model, local, tower=2)
+    with pytest.raises(ConfigError, match="expected '<hosts>x<local ranks>'"):
+        SimulatedWorld("two")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_faulty_batch_names_its_rank(rank: int) -> None:
+    torch.manual_seed(0)
+    model = DLRM()
+    world = SimulatedWorld("2x2")
+    generator = torch.Generator().manual_seed(0)
+    local = [make_batch(model, 3, generator) for _ in range(4)]
+    local[rank][1][2] = torch.tensor([99])
+    local[rank][2][2] = torch.tensor([0, 1, 1])
+    text = rf"expected ids of table emb.2 in \[0, 7\), found 99 at position 0 of rank {rank}'s batch; nothing was updated"
+    with pytest.raises(BatchError, match=text):
+        world.run(model, local, dense_compiler="eager")
+    local[rank][1][2] = torch.tensor([6])
+    outputs = world.run(model, local, dense_compiler="eager")  # and goes on
+    assert all(torch.equal(output, model(*batch)) for output, batch in zip(outputs, local, strict=True))
+
+
+class Choosy(nn.Module):
+    """A model whose program depends on what kind of batch it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.EmbeddingBag(10, 4, mode="sum")
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor, twice: bool = False) -> torch.Tensor:
+        out = self.emb(ids, offsets)
+        return out + out if twice else out
+
+
+def test_ranks_in_different_programs_are_told() -> None:
+    batch = (torch.tensor([1, 2]), torch.tensor([0, 1]))
+    world = SimulatedWorld("1x2")
+    with pytest.raises(CollectiveError, match="expected the same program on every rank, found several"):
+        world.run(Choosy(), [batch, batch], kwargs=[{}, {"twice": True}], dense_compiler="eager")
+
+
+def test_keyword_arguments_come_one_mapping_a_rank() -> None:
+    torch.manual_seed(0)
+    model = Choosy()
+    offsets = torch.tensor([0, 1])
+    ids = [torch.tensor([rank, 9]) for rank in range(2)]
+    keywords = [{"offsets": offsets, "twice": True}] * 2
+    outputs = SimulatedWorld("2x1").run(model, ids, kwargs=keywords, dense_compiler="eager")
+    for output, rank_ids in zip(outputs, ids, strict=True):
+        assert torch.equal(output, 2 * model(rank_ids, offsets))
+    with pytest.raises(ConfigError, match="expected one batch for each of 2 ranks"):
+        SimulatedWorld("2x1").run(model, ids, kwargs=keywords[:1])
+
+
+class Broken(nn.Module):
+    """A model with graph breaks: two lookups in two graphs, and a dense head in a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.EmbeddingBag(10, 4, mode="sum")
+        self.second = nn.EmbeddingBag(7, 4, mode="mean", sparse=True)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, ids: list[torch.Tensor], offsets: list[torch.Tensor]) -> torch.Tensor:
+        first = self.first(ids[0], offsets[0])
+        torch._dynamo.graph_break()
+        second = self.second(ids[1], offsets[1])
+        torch._dynamo.graph_break()
+        return self.head(torch.cat([first, second], dim=1))
+
+
+@pytest.mark.parametrize("topology", ["2x2", "1x3"])
+def test_a_model_with_graph_breaks(topology: str) -> None:
+    torch.manual_seed(0)
+    model = Broken()
+    flat = copy.deepcopy(model)
+    world = SimulatedWorld(topology)
+    ranks = world.topology.world_size
+    generator = torch.Generator().manual_seed(0)
+    for samples in (2, 5):
+        ids = [[torch.randint(0, 7, (samples,), generator=generator) for _ in range(2)] for _ in range(ranks)]
+        offsets = [torch.arange(samples)] * 2
+        local = [(rank_ids, offsets) for rank_ids in ids]
+        outputs = world.run(model, local, dense_compiler="eager")
+        losses = []
+        for output, batch in zip(outputs, local, strict=True):
+            assert torch.equal(output, flat(*batch))
+            losses.append(flat(*batch).square().sum() / ranks)
+        sum(output.square().sum() for output in outputs).backward()
+        sum(losses).backward()
+        assert_same_gradients(model, flat)
+        for parameter in (*model.parameters(), *flat.parameters()):
+            parameter.grad = None

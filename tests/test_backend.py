@@ -1,0 +1,478 @@
+"""What a user of ``torch.compile(model, backend="dmt")`` relies on in one process."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests._tolerances import assert_reordered
+from tests.models import DLRM, Batch, dense_of, make_batch
+from torch._dynamo.utils import counters
+
+import dmt_compile
+import torch
+from dmt_compile.errors import BatchError, ConfigError, PlanError, UnsupportedGraphError
+from dmt_compile.ir import ops
+from dmt_compile.runtime.checks import find_fault
+from torch import nn
+
+LONGEST_SUM = 64  # ids of one row, and the widest layer
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def compiled(model: Any, **options: Any) -> Any:
+    """Compile with dense regions in eager mode, which keeps every number."""
+    return torch.compile(model, backend="dmt", options={"dense_compiler": "eager", **options})
+
+
+def pair(**arguments: Any) -> tuple[DLRM, DLRM]:
+    """Return a model and its flat twin."""
+    torch.manual_seed(0)
+    model = DLRM(**arguments)
+    return model, copy.deepcopy(model)
+
+
+def batches(model: DLRM, sizes: Sequence[int], seed: int = 1) -> list[Batch]:
+    """Return a ragged batch of each size."""
+    generator = torch.Generator().manual_seed(seed)
+    return [make_batch(model, size, generator) for size in sizes]
+
+
+def assert_same_step(model: nn.Module, flat: nn.Module, output: torch.Tensor, expected: torch.Tensor) -> None:
+    """Assert bitwise equal outputs, run both backward passes, and assert bitwise equal gradients."""
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    expected.sum().backward()
+    for (name, mine), theirs in zip(model.named_parameters(), flat.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None), name
+        assert torch.equal(dense_of(mine.grad, mine), dense_of(theirs.grad, theirs)), name
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_found_with_no_import_of_ours() -> None:
+    script = """
+import sys, torch
+torch.manual_seed(0)
+table = torch.nn.EmbeddingBag(9, 4, mode="sum")
+ids, offsets = torch.tensor([1, 8, 3, 3]), torch.tensor([0, 1, 1])
+assert "dmt_compile" not in sys.modules
+compiled = torch.compile(table, backend="dmt", options={"dense_compiler": "eager"})
+assert torch.equal(compiled(ids, offsets), table(ids, offsets))
+print(sorted(name for name in sys.modules if name == "dmt_compile.backend"))
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert run.stdout == "['dmt_compile.backend']\n", run.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"sparse": True},
+        {"modes": ("sum", "mean", "max", "mean", "sum")},
+        {"dims": (4, 8, 8, 3, 9), "modes": "mean"},
+        {"rows": (1,), "dims": 1},
+    ],
+)
+def test_training_and_evaluation_equal_eager_bitwise(arguments: dict[str, Any]) -> None:
+    model, flat = pair(**arguments)
+    step_model = compiled(model)
+    for batch in batches(model, [5, 3, 8]):
+        assert_same_step(model, flat, step_model(*batch), flat(*batch))
+    with torch.no_grad():
+        for batch in batches(model, [4, 6], seed=2):
+            output = step_model(*batch)
+            assert torch.equal(output, flat(*batch))
+            assert not output.requires_grad
+    model.eval(), flat.eval()
+    batch = batches(model, [7], seed=3)[0]
+    assert_same_step(model, flat, step_model(*batch), flat(*batch))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_padding_rows_are_not_pooled(mode: str) -> None:
+    model, flat = pair(modes=mode)
+    for bare in (model, flat):
+        bare.emb[0].padding_idx, bare.emb[2].padding_idx = 3, 0
+    step_model = compiled(model)
+    for dense, ids, offsets in batches(model, [6, 4]):
+        ids[0][::2], ids[2][::3] = 3, 0
+        assert_same_step(model, flat, step_model(dense, ids, offsets), flat(dense, ids, offsets))
+    assert not dense_of(model.emb[0].weight.grad, model.emb[0].weight)[3].any()
+    without = copy.deepcopy(flat)
+    without.emb[0].padding_idx = without.emb[2].padding_idx = None
+    assert not torch.equal(flat(dense, ids, offsets), without(dense, ids, offsets))
+
+
+@pytest.mark.parametrize("dense_compiler", ["aot_eager", "inductor"])
+def test_dense_compilers_stay_within_the_tolerances(dense_compiler: str) -> None:
+    model, flat = pair(sparse=dense_compiler == "aot_eager")
+    step_model = compiled(model, dense_compiler=dense_compiler, strict=True)
+    optimizers = [torch.optim.SGD(bare.parameters(), 0.1) for bare in (model, flat)]
+    for batch in batches(model, [5, 3, 8, 1]):
+        output, expected = step_model(*batch), flat(*batch)
+        assert_reordered(output.detach(), expected.detach(), LONGEST_SUM)
+        output.sum().backward()
+        expected.sum().backward()
+        for mine, theirs in zip(model.parameters(), flat.parameters(), strict=True):
+            assert_reordered(
+                dense_of(mine.grad, mine), dense_of(theirs.grad, theirs), LONGEST_SUM, gradient=True
+            )
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert step_model(*batches(model, [0])[0]).shape == (0,)
+    for mine, theirs in zip(model.parameters(), flat.parameters(), strict=True):
+        assert_reordered(mine.detach(), theirs.detach(), LONGEST_SUM, gradient=True)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(("first", "sparse"), [(0, False), (1, True), (6, False)])
+def test_fifty_batch_shapes_share_one_graph_for_training_and_one_for_evaluation(first: int, sparse: bool) -> None:
+    model, flat = pair(sparse=sparse)
+    step_model = compiled(model)
+    rng = random.Random(first)
+    sizes = [first, 0, 1, *(rng.randint(0, 12) for _ in range(47))]
+    for batch, size in zip(batches(model, sizes), sizes, strict=True):
+        output = step_model(*batch)
+        output.sum().backward()
+        with torch.no_grad():
+            evaluated = step_model(*batch)
+        assert output.shape == evaluated.shape == (size,)
+        if size:  # the flat model's view cannot tell the sizes of an empty batch
+            expected = flat(*batch)
+            expected.sum().backward()
+            assert torch.equal(output, expected)
+            assert torch.equal(evaluated, expected)
+    for (name, mine), theirs in zip(model.named_parameters(), flat.parameters(), strict=True):
+        assert torch.equal(dense_of(mine.grad, mine), dense_of(theirs.grad, theirs)), name
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_an_optimizer_of_sparse_gradients() -> None:
+    model, flat = pair(sparse=True)
+    step_model = compiled(model)
+    optimizers = [
+        optimizer
+        for bare in (model, flat)
+        for optimizer in (
+            torch.optim.SparseAdam(list(bare.emb.parameters()), lr=0.05),
+            torch.optim.Adam([*bare.bottom.parameters(), *bare.top.parameters()], lr=0.05),
+        )
+    ]
+    for batch in batches(model, [5, 3, 8]):
+        assert_same_step(model, flat, step_model(*batch), flat(*batch))
+        assert all(table.weight.grad.layout == torch.sparse_coo for table in model.emb)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, mine), theirs in zip(model.named_parameters(), flat.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+# ---------------------------------------------------------------------------------------------- ways to call the compiler
+
+
+class Parent(nn.Module):
+    """A model of which only a part is compiled."""
+
+    def __init__(self, dlrm: nn.Module) -> None:
+        super().__init__()
+        self.dlrm = dlrm
+        torch.manual_seed(4)
+        self.head = nn.Linear(1, 2)
+
+    def forward(self, *batch: Any) -> torch.Tensor:
+        return self.head(self.dlrm(*batch).unsqueeze(1))
+
+
+def whole_model(model: DLRM) -> tuple[Callable[..., torch.Tensor], nn.Module]:
+    return compiled(model), model
+
+
+def method_of_the_model(model: DLRM) -> tuple[Callable[..., torch.Tensor], nn.Module]:
+    model.compile(backend="dmt", options={"dense_compiler": "eager"})
+    return model, model
+
+
+def function_over_the_model(model: DLRM) -> tuple[Callable[..., torch.Tensor], nn.Module]:
+    def scores(dense: torch.Tensor, ids: Any, offsets: Any) -> torch.Tensor:
+        return torch.sigmoid(model(dense, ids, offsets))
+
+    return compiled(scores), model
+
+
+def submodule_of_a_parent(model: DLRM) -> tuple[Callable[..., torch.Tensor], nn.Module]:
+    parent = Parent(compiled(model))
+    return parent, parent
+
+
+@pytest.mark.parametrize(
+    "way", [whole_model, method_of_the_model, function_over_the_model, submodule_of_a_parent], ids=lambda way: way.__name__
+)
+def test_each_way_to_compile_finds_the_tables(way: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, flat = pair()
+    caplog.set_level(logging.WARNING, logger="dmt_compile")
+    step_model, trained = way(model)
+    expected_of: dict[Any, Callable[..., torch.Tensor]] = {
+        function_over_the_model: lambda *batch: torch.sigmoid(flat(*batch)),
+        submodule_of_a_parent: Parent(flat),
+    }
+    reference = expected_of.get(way, flat)
+    for batch in batches(model, [5, 1, 8]):
+        output, expected = step_model(*batch), reference(*batch)
+        assert_same_step(trained, reference if isinstance(reference, nn.Module) else flat, output, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not caplog.records  # with no table there would be a notice
+
+
+class SharedTable(nn.Module):
+    """Two features that read one table, and a third with its own."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.shared = nn.EmbeddingBag(20, 4, mode="sum", sparse=sparse)
+        self.own = nn.EmbeddingBag(9, 4, mode="mean", sparse=sparse)
+
+    def forward(self, ids: list[torch.Tensor], offsets: torch.Tensor) -> torch.Tensor:
+        first, second, third = offsets
+        return torch.cat([self.shared(ids[0], first), self.own(ids[1], second), self.shared(ids[2], third)], dim=1)
+
+
+def stacked_offsets(samples: int, generator: torch.Generator) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return ids of three features and offsets as one (features, samples) tensor."""
+    lengths = torch.randint(0, 4, (3, samples), generator=generator)
+    ids = [torch.randint(0, 9, (int(total),), generator=generator) for total in lengths.sum(1)]
+    return ids, lengths.cumsum(1) - lengths
+
+
+@pytest.mark.parametrize(("first", "sparse"), [(0, True), (1, False), (5, False)])
+def test_two_features_share_a_table_and_offsets_come_as_one_tensor(first: int, sparse: bool) -> None:
+    torch.manual_seed(0)
+    model = SharedTable(sparse)
+    flat = copy.deepcopy(model)
+    step_model = compiled(model)
+    generator = torch.Generator().manual_seed(1)
+    graphs = set()
+    for samples in (first, 3, 0, 1, 7):
+        ids, offsets = stacked_offsets(samples, generator)
+        output, expected = step_model(ids, offsets), flat(ids, offsets)
+        graphs.add(counters["stats"]["unique_graphs"])
+        assert torch.equal(output, expected)
+        weights = torch.arange(1.0, 13.0)  # integers: sums of them are exact in any order
+        (output * weights).sum().backward()
+        (expected * weights).sum().backward()
+    shared, own = (dense_of(table.weight.grad, table.weight) for table in (model.shared, model.own))
+    assert torch.equal(shared, dense_of(flat.shared.weight.grad, flat.shared.weight))
+    assert_reordered(own, dense_of(flat.own.weight.grad, flat.own.weight), 16, gradient=True)
+    assert len(graphs) == 1  # none after the first batch
+
+
+def test_a_model_without_tables_is_compiled_with_a_notice(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1))
+    flat = copy.deepcopy(model)
+    caplog.set_level(logging.WARNING, logger="dmt_compile")
+    step_model = compiled(model)
+    for samples in (4, 1, 0, 9):
+        dense = torch.randn(samples, 5)
+        assert_same_step(model, flat, step_model(dense), flat(dense))
+    assert [record.getMessage() for record in caplog.records] == [
+        "dmt: found no embedding table in this graph; eager compiles it as one dense region"
+    ]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+class WithEmbedding(nn.Module):
+    """One pooled table, and one nn.Embedding with a single id a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(20, 4, mode="sum")
+        self.single = nn.Embedding(9, 4)
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor, single: torch.Tensor) -> torch.Tensor:
+        return self.bag(ids, offsets) * self.single(single)
+
+
+def test_a_lookup_that_does_not_match_stays_flat_and_is_reported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = WithEmbedding()
+    flat = copy.deepcopy(model)
+    step_model = compiled(model, dump_dir=str(tmp_path))
+    for samples in (4, 1, 7):
+        batch = (torch.randint(20, (2 * samples,)), 2 * torch.arange(samples), torch.randint(9, (samples,)))
+        assert_same_step(model, flat, step_model(*batch), flat(*batch))
+    report = json.loads((tmp_path / "graph0" / "report.json").read_text())
+    found = {entry["name"]: entry for entry in report["passes"]}["find_tables"]
+    assert found["matched"] == 1
+    assert [reason for _, reason in found["skipped"]] == ["it is an nn.Embedding, not an nn.EmbeddingBag"]
+    with pytest.raises(UnsupportedGraphError, match=r"nn.EmbeddingBag \(.*test_backend.py:\d+: return self.bag.*strict=True"):
+        compiled(WithEmbedding(), strict=True)(*batch)
+
+
+# -------------------------------------------------------------------------------------------------------- options, errors
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"topologie": "2x2"}, "expected a known option, found 'topologie'; did you mean 'topology'?"),
+        ({"zzz": 1}, "found 'zzz'; valid are 'plan', 'topology'"),
+        ({"dense_compiler": "induktor"}, "found 'induktor'; did you mean 'inductor'?"),
+        ({"partition": "balance"}, "found 'balance'; did you mean 'balanced'?"),
+        ({"partition": [["emb.0"]], "towers": 1}, "expected either 'towers' or an explicit 'partition', found both"),
+        ({"plan": "some.json", "towers": 2}, "expected 'plan' alone, found it beside 'towers'"),
+        ({"topology": "two by two"}, "expected '<hosts>x<local ranks>' such as '2x4', found 'two by two'"),
+        ({"topology": 4}, "expected text or a Topology for 'topology', found 4"),
+        ({"towers": 0}, "expected 'host' or a positive number for 'towers', found 0"),
+        ({"partition": ["emb.0"]}, "expected a list of lists of table names for 'partition'"),
+        ({"check_ids": "no"}, "expected True or False for 'check_ids', found 'no'"),
+        ({"timeout_s": -1}, "expected seconds above 0 for 'timeout_s', found -1"),
+        ({"plan": 3}, "expected a TowerPlan or a path for 'plan', found 3"),
+        ({"topology": "0x2"}, "expected a positive number for hosts, found 0"),
+        ({"topology": "2x2"}, "start torchrun with 4 processes, or use dmt_compile.SimulatedWorld('2x2')"),
+        ({"towers": 3}, ""),
+    ],
+)
+def test_a_bad_option_reaches_the_user_as_what_it_is(options: dict[str, Any], text: str) -> None:
+    model = nn.EmbeddingBag(9, 4)
+    ids, offsets = torch.tensor([1, 2]), torch.tensor([0, 1])
+    step_model = torch.compile(model, backend="dmt", options={"dense_compiler": "eager", **options})
+    if not text:
+        assert torch.equal(step_model(ids, offsets), model(ids, offsets))  # towers that share one host
+        return
+    with pytest.raises(ConfigError) as raised:
+        step_model(ids, offsets)
+    assert text in str(raised.value)
+    assert ids.__dict__ == offsets.__dict__ == {}
+
+
+def test_a_plan_that_does_not_fit_reaches_the_user_as_what_it_is(tmp_path: Path) -> None:
+    model, _ = pair()
+    batch = batches(model, [3])[0]
+    for plan, text in (
+        (str(tmp_path / "none.json"), "plan: expected a readable file, found"),
+        (dmt_compile.plan(model, batch, "2x2"), "plan: expected a plan for topology 1x1, found one for 2x2"),
+        (dmt_compile.plan(DLRM(rows=(9, 20, 7, 33, 11)), batch), "expected table emb.0 as (rows, dim, dtype) = (9, 8, 'float32')"),
+    ):
+        with pytest.raises(PlanError) as raised:
+            compiled(model, plan=plan)(*batch)
+        assert text in str(raised.value)
+    saved = tmp_path / "plan.json"
+    dmt_compile.plan(model, batch).save(saved)
+    assert torch.equal(compiled(model, plan=str(saved))(*batch), model(*batch))
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        ("high", "expected ids of table emb.2 in [0, 7), found 7 at position 1"),
+        ("negative", "expected ids of table emb.0 in [0, 50), found -1 at position 0"),
+        ("offsets", "expected offsets of table emb.1 that start at 0 and grow to at most the number of ids"),
+        ("start", "expected offsets of table emb.3 that start at 0"),
+        ("samples", "expected 4 samples in every input, found 3"),
+    ],
+)
+def test_a_faulty_batch_names_table_and_bound_and_updates_nothing(fault: str, text: str) -> None:
+    model, _ = pair()
+    step_model = compiled(model)
+    generator = torch.Generator().manual_seed(1)
+    dense, ids, offsets = make_batch(model, 4, generator, longest=0)
+    ids = [torch.tensor([0, 1, 2, 3]) for _ in ids]
+    offsets = [torch.arange(4) for _ in offsets]
+    step_model(dense, ids, offsets).sum().backward()
+    before = [(p.detach().clone(), dense_of(p.grad, p).clone()) for p in model.parameters()]
+    bad = [i.clone() for i in ids]
+    starts = [o.clone() for o in offsets]
+    if fault == "high":
+        bad[2][1] = 7
+    elif fault == "negative":
+        bad[0][0] = -1
+    elif fault == "offsets":
+        starts[1][3] = 9
+    elif fault == "start":
+        starts[3][0] = 1
+    else:
+        starts[4] = starts[4][:3]
+    for _ in range(2):
+        with pytest.raises(BatchError) as raised:
+            step_model(dense, bad, starts)
+        assert text in str(raised.value)
+    for parameter, (value, gradient) in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+        assert torch.equal(dense_of(parameter.grad, parameter), gradient)
+    assert step_model(dense, ids, offsets).shape == (4,)  # and goes on
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("check_ids", [True, False])
+def test_the_check_of_ids_can_be_turned_off(check_ids: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def record(*args: Any) -> Any:
+        asked.append(args[-1])
+        return find_fault(*args)
+
+    monkeypatch.setattr(ops, "find_fault", record)
+    model, flat = pair()
+    step_model = compiled(model, check_ids=check_ids)
+    for batch in batches(model, [5, 2]):
+        assert_same_step(model, flat, step_model(*batch), flat(*batch))
+    assert asked == [check_ids] * 2
+
+
+class Refused(nn.Module):
+    """A lookup that strict mode refuses, reached through offsets of shape (tables, samples)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = SharedTable(sparse=False)
+        self.normed = nn.EmbeddingBag(9, 4, mode="sum", max_norm=1.0)
+
+    def forward(self, ids: list[torch.Tensor], offsets: torch.Tensor) -> torch.Tensor:
+        return self.bags(ids, offsets) + self.normed(ids[1], offsets[1]).sum()
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("outcome", ["compiled", "refused", "misconfigured"])
+def test_the_user_s_tensors_carry_no_marks_afterwards(
+    outcome: str, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not early:  # as in a version of PyTorch whose callbacks do not lead to the frame
+        for name in ("start_callbacks", "end_callbacks"):
+            monkeypatch.setattr(torch._dynamo.callback.callback_handler, name, [])
+    ids, offsets = stacked_offsets(3, torch.Generator().manual_seed(0))
+    dense = torch.randn(3, 12)
+    model = Refused() if outcome == "refused" else SharedTable(sparse=False)
+    step_model = compiled(model, strict=True, check_ids="?" if outcome == "misconfigured" else True)
+
+    def call(dense: torch.Tensor) -> Any:
+        return step_model(ids, offsets) + dense
+
+    errors = {"refused": UnsupportedGraphError, "misconfigured": ConfigError}
+    if outcome in errors:
+        with pytest.raises(errors[outcome]):
+            step_model(ids, offsets)
+    else:
+        step_model(ids, offsets)
+    for tensor in (*ids, offsets, dense):
+        assert tensor.__dict__ == {}
