@@ -68,7 +68,7 @@ class PipelineReport:
         return {
             "effect": self.effect.name,
             "passes": [
-                {"name": r.name, "effect": r.effect.name, "seconds": round(r.seconds, 4), **asdict(r.report)}
+                {"name": r.name, **asdict(r.report), "effect": r.effect.name, "seconds": round(r.seconds, 4)}
                 for r in self.records
             ],
         }

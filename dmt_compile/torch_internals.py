@@ -93,13 +93,20 @@ def calling_modules() -> list[nn.Module]:
 # ------------------------------------------------------------------------------------------------------ dynamic shapes
 
 
+_marked: list[weakref.ref[torch.Tensor]] = []
+
+
 def mark_dynamic_dims(tensor: torch.Tensor, dims: Sequence[int]) -> None:
-    """Ask Dynamo's next analysis to give each of ``dims`` a size without guards, 0 and 1 included."""
+    """Ask Dynamo's next analysis to give each of ``dims`` a size without guards, 0 and 1 included.
+
+    The marks go with the compilation, however it ends.
+    """
     before = set(tensor.__dict__)
     for dim in dims:
         mark_unbacked(tensor, dim)
     earlier = getattr(tensor, "_dmt_marks", ())
     tensor._dmt_marks = (*earlier, *(set(tensor.__dict__) - before))  # type: ignore[attr-defined]
+    _marked.append(weakref.ref(tensor))
 
 
 def unmark_dynamic_dims(tensor: torch.Tensor) -> None:
@@ -133,14 +140,12 @@ def forget_equal_sizes(tensors: Sequence[torch.Tensor]) -> None:
             env._replacements_version_counter = getattr(env, "_replacements_version_counter", 0) + 1
 
 
-_marked_early: list[weakref.ref[torch.Tensor]] = []
-
-
 def mark_before_tracing(is_ours: Callable[[Any], bool], dims_of: Callable[[torch.Tensor], Sequence[int]]) -> None:
     """Mark the tensors among a frame's variables before Dynamo traces it for a backend of ours.
 
     Dynamo offers no such hook to a backend; its compile callbacks do not name the frame, so it is read off the stack.
-    Where that fails (another version) the backend marks and restarts the analysis instead: one trace more, the same graph.
+    Where that fails (another version) the backend marks and restarts the analysis instead: one trace more, the same
+    graph.
 
     Args:
         is_ours: tells whether a backend is one that wants this.
@@ -158,11 +163,10 @@ def mark_before_tracing(is_ours: Callable[[Any], bool], dims_of: Callable[[torch
                 dims = dims_of(leaf)
                 if dims:
                     mark_dynamic_dims(leaf, dims)
-                    _marked_early.append(weakref.ref(leaf))
 
     def end(_: Any) -> None:
-        while _marked_early:
-            tensor = _marked_early.pop()()
+        while _marked:
+            tensor = _marked.pop()()
             if tensor is not None:
                 unmark_dynamic_dims(tensor)
 

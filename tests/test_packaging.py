@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("dmt_compile", "passes", "kernels")
-FILES = ("pyproject.toml", "LICENSE")
+FILES = ("pyproject.toml", "LICENSE", "README.md")
 
 # Runs in another process, far from the checkout: hides what is neither the standard library, nor dmt_compile, nor a
 # core dependency, then imports everything. A hidden package looks exactly like one that is not installed.

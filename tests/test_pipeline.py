@@ -9,17 +9,17 @@ import pkgutil
 from pathlib import Path
 
 import pytest
-from tests.models import DLRM, make_batch
-from tests.passes._harness import dense, dlrm
+import torch
 
 import dmt_compile
-import torch
 from dmt_compile import pipeline
 from dmt_compile.config import Options
 from dmt_compile.inspection.dumps import GraphDump
 from dmt_compile.ir.pass_base import PassReport
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.pipeline import PassRecord, PipelineReport, passes_in_order, run_pipeline
+from tests.models import DLRM, make_batch
+from tests.passes._harness import dense, dlrm
 
 NAMES = [
     "normalize_graph",
@@ -127,7 +127,7 @@ def test_dumps_show_each_pass(tmp_path: Path) -> None:
         previous = after
     assert "# float32[" in previous  # shapes stand beside the nodes
     written = json.loads((tmp_path / "report.json").read_text())
-    assert written == report.as_dict()
+    assert written == json.loads(json.dumps(report.as_dict()))
     assert [(row["name"], row["effect"]) for row in written["passes"]] == [
         (record.name, record.effect.name) for record in report.records
     ]

@@ -18,6 +18,8 @@ def graph_text(gm: fx.GraphModule) -> str:
     imports = []
     for name, value in sorted(code.globals.items()):
         module, qualified = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+        if value is type(None):
+            module = "types"  # where it can be imported from
         if isinstance(module, str) and isinstance(qualified, str) and "." not in qualified:
             imports.append(f"from {module} import {qualified} as {name}")
         elif hasattr(value, "__name__") and not isinstance(qualified, str):

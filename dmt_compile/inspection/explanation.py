@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from rich.box import ASCII_DOUBLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -27,7 +28,9 @@ def explanation_text(explanation: Explanation, width: int = 110) -> str:
     for item in unmatched:
         console.print(f"  stays flat: {item.node}: {item.reason}\n    {item.source_line}", soft_wrap=True)
     console.print(str(explanation.plan))
+    console.print(f"\nBytes per training step, summed over all ranks, local batch {explanation.batch_size}")
     console.print(_links(explanation))
+    console.print("\nPasses, in order")
     console.print(_passes(explanation))
     console.print(f"Effect on numbers: {explanation.effect.name} ({explanation.effect.explain()}).")
     assert isinstance(console.file, io.StringIO)
@@ -35,8 +38,7 @@ def explanation_text(explanation: Explanation, width: int = 110) -> str:
 
 
 def _links(explanation: Explanation) -> RichTable:
-    title = f"Bytes per training step, all ranks, local batch {explanation.batch_size}"
-    table = RichTable(title=title, title_justify="left")
+    table = RichTable(box=ASCII_DOUBLE_HEAD)
     for column in ("exchange", "inside hosts", "between hosts"):
         table.add_column(column, justify="left" if column == "exchange" else "right")
     for name, links in explanation.bytes_per_link.items():
@@ -45,7 +47,7 @@ def _links(explanation: Explanation) -> RichTable:
 
 
 def _passes(explanation: Explanation) -> RichTable:
-    table = RichTable(title="Passes, in order", title_justify="left")
+    table = RichTable(box=ASCII_DOUBLE_HEAD)
     for column in ("pass", "effect", "matched", "left alone"):
         table.add_column(column)
     for record in explanation.passes:

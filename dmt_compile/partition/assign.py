@@ -12,6 +12,9 @@ from dmt_compile.partition.balance import balance, imbalance
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.topology import Topology
 
+# With more tables the quicker searches come close to an even plan, and every tower would run its own integer program.
+EXACT_MAX_TABLES = 200
+
 
 def make_plan(
     tables: Sequence[TableSpec],
@@ -40,11 +43,11 @@ def make_plan(
 
     Source: section 3 of the DMT paper; ``"strided"`` is its naive assignment.
     """
-    explicit = not isinstance(partition, str)
+    explicit, exact = not isinstance(partition, str), len(tables) <= EXACT_MAX_TABLES
     number = len(partition) if explicit else topology.hosts if towers == "host" else int(towers)
     _check_number(number, topology.hosts)
     if isinstance(partition, str):
-        bins = _strided(len(tables), number) if partition == "strided" else _balanced(tables, number)
+        bins = _strided(len(tables), number) if partition == "strided" else _balanced(tables, number, exact)
         members = [[table for table, bin_ in zip(tables, bins, strict=True) if bin_ == k] for k in range(number)]
     else:
         members = _explicit(tables, partition)
@@ -58,7 +61,7 @@ def make_plan(
             placed = [pair for tower in here for pair in zip(tower, _strided(len(tower), ranks), strict=True)]
         else:
             together = [table for tower in here for table in tower]
-            placed = list(zip(together, _balanced(together, ranks), strict=True))
+            placed = list(zip(together, _balanced(together, ranks, exact), strict=True))
         owners |= {table.name: group * ranks + local_rank for table, local_rank in placed}
     return TowerPlan(
         topology=topology,
@@ -101,8 +104,8 @@ def _loads(tables: Sequence[TableSpec]) -> tuple[list[float], list[float]]:
     return moved, [float(table.memory_bytes) for table in tables]
 
 
-def _balanced(tables: Sequence[TableSpec], bins: int) -> list[int]:
-    return balance(*_loads(tables), bins)
+def _balanced(tables: Sequence[TableSpec], bins: int, exact: bool) -> list[int]:
+    return balance(*_loads(tables), bins, exact)
 
 
 def _strided(items: int, bins: int) -> list[int]:

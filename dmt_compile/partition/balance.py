@@ -1,8 +1,8 @@
 """Spread items with two weights (load and memory) over equal bins, deterministically.
 
 Searches run one after the other until one meets a bound, and the best assignment that any of them met is taken: greedy
-ones, pairwise exchanges from their results, and, for small problems that are still open, an integer program. Work is bounded by counts,
-never by time, so that every machine finds the same assignment.
+ones, pairwise exchanges from their results, and, for small problems that are still open, an integer program. Work is
+bounded by counts, never by time, so that every machine finds the same assignment.
 
 Shape suffixes: N items, B bins, R = 2 resources (load, memory).
 """
@@ -21,10 +21,11 @@ Ints = NDArray[np.int64]
 
 # Peaks that differ by less than this part of the mean count as equal: then the other resource decides.
 RESOLUTION = 0.01
-# Beyond this many unknowns (N x B) HiGHS may search for seconds, which a node limit does not bound.
-MILP_MAX_UNKNOWNS = 64
+# Beyond this many unknowns (N x B) even the root of the integer program's search tree takes long.
+MILP_MAX_UNKNOWNS = 128
+MILP_UNITS = 10 / RESOLUTION
 # No time limit: it would make the result depend on the machine.
-MILP_OPTIONS = {"node_limit": 100, "mip_rel_gap": RESOLUTION}
+MILP_OPTIONS = {"node_limit": 20, "mip_rel_gap": RESOLUTION}
 # What bounds the exchanges: sweeps over the bins, exchanges in all, and the items of one bin and of all others that are
 # weighed against each other.
 SWEEPS = 3
@@ -32,13 +33,14 @@ MAX_EXCHANGES = 400
 MAX_CANDIDATES = 16, 256
 
 
-def balance(loads: Sequence[float], memories: Sequence[float], bins: int) -> list[int]:
+def balance(loads: Sequence[float], memories: Sequence[float], bins: int, exact: bool = True) -> list[int]:
     """Assign each item to a bin so that the largest bin is as small as found possible.
 
     Args:
         loads: load of each item, any unit, not negative.
         memories: memory of each item, any unit, not negative.
         bins: number of bins, at least 1.
+        exact: let an integer program try what the quicker searches leave open; tenths of a second.
 
     Returns:
         The bin of each item; bins are numbered in the order of their first items. Of the two peaks that
@@ -56,7 +58,7 @@ def balance(loads: Sequence[float], memories: Sequence[float], bins: int) -> lis
             found.append(_exchange(weights_NR, found[-1], bins, squarings=2))
             found.append(_exchange(weights_NR, found[-1], bins, squarings=4))
             reached = min(_peak(weights_NR, assignment, bins) for assignment in found)
-    if reached > bound + RESOLUTION and len(loads) * bins <= MILP_MAX_UNKNOWNS:
+    if exact and reached > bound + RESOLUTION and len(loads) * bins <= MILP_MAX_UNKNOWNS:
         solved = _integer_program(weights_NR, bins, bound, reached)
         found += [] if solved is None else [solved, _exchange(weights_NR, solved, bins, squarings=4)]
     best = min(found, key=lambda assignment: _key(weights_NR, assignment, bins)).tolist()
@@ -194,16 +196,16 @@ def _integer_program(weights_NR: Floats, bins: int, bound: float, reached: float
     """
     items = len(weights_NR)
     order = np.argsort(-weights_NR.max(axis=1), kind="stable")
-    # Weights over ten orders of magnitude make HiGHS slow and inexact; what is rounded away cannot move a peak.
-    rounded_NR = np.round(weights_NR[order], 4)
+    # Weights over ten orders of magnitude make HiGHS slow and inexact: count in whole units, ten to the resolution.
+    units_NR = np.round(weights_NR[order] * MILP_UNITS)
     placed_once = hstack([kron(eye_array(items), np.ones((1, bins))), csr_array((items, 1))])
-    bin_totals = [hstack([kron(rounded_NR[:, r][None], eye_array(bins)), -np.ones((bins, 1))]) for r in range(2)]
+    bin_totals = [hstack([kron(units_NR[:, r][None], eye_array(bins)), -np.ones((bins, 1))]) for r in range(2)]
     # Bins are alike, so item k may be kept to the first k + 1 of them: mirrored solutions are not searched again.
     allowed = np.tril(np.ones((items, bins))).ravel()
     solution = milp(
         np.append(np.zeros(items * bins), 1.0),
         integrality=np.append(np.ones(items * bins), 0.0),
-        bounds=Bounds(np.append(np.zeros(items * bins), bound), np.append(allowed, reached)),
+        bounds=Bounds(np.append(np.zeros(items * bins), bound * MILP_UNITS), np.append(allowed, reached * MILP_UNITS)),
         constraints=[
             LinearConstraint(placed_once, 1.0, 1.0),
             LinearConstraint(vstack(bin_totals), -np.inf, 0.0),

@@ -113,8 +113,8 @@ class DistributedSession:
         else:
             state.plan = _merge(state.plan, plan)
         self._take_over(capture, state, tables)
-        state.newly_sharded = bool(tables)
-        return bool(tables)
+        state.newly_sharded = True
+        return True
 
     def _agree(self, capture: Capture, specs: tuple[TableSpec, ...]) -> TowerPlan:
         def mine() -> str:

@@ -62,6 +62,8 @@ class _BatchedLookup(torch.autograd.Function):
             feature_ids, feature_offsets, how = ids[feature], offsets[feature], pooling[feature]
             assert feature_ids is not None
             assert feature_offsets is not None
+            # the operator behind torch.nn.functional.embedding_bag reads ids and offsets as if they were contiguous
+            feature_ids, feature_offsets = feature_ids.contiguous(), feature_offsets.contiguous()
             pooled, *rest = torch.ops.aten._embedding_bag(
                 locals_[feature],
                 feature_ids,

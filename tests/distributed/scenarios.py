@@ -14,13 +14,14 @@ import dmt_compile
 from dmt_compile.runtime.tables import ShardedTable
 from tests.models import DLRM, concatenate, dense_of, make_batch
 
-OPTIONS = {"topology": "2x2", "dense_compiler": "eager", "first_timeout_s": 60.0, "timeout_s": 10.0}
+OPTIONS = {"dense_compiler": "eager", "first_timeout_s": 60.0, "timeout_s": 10.0}
 SIZES = ([4, 3, 2, 5], [1, 2, 3, 4], [0, 3, 1, 1], [5, 5, 5, 5], [2, 0, 0, 1])  # local batches of five steps
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
     """Compile with the tests' options."""
-    return torch.compile(model, backend="dmt", options={**OPTIONS, **options})
+    topology = f"2x{dist.get_world_size() // 2}" if dist.is_initialized() else "auto"
+    return torch.compile(model, backend="dmt", options={**OPTIONS, "topology": topology, **options})
 
 
 def optimizers(kind: str, model: DLRM) -> list[torch.optim.Optimizer]:
@@ -265,7 +266,31 @@ def drifting_replicas(rank: int) -> Any:
                 model.top[0].bias.add_(1e-3)
 
 
+def recompile_limit(rank: int) -> Any:
+    """Make Dynamo give up at the second graph."""
+    torch._dynamo.config.recompile_limit = 1
+    model = DLRM()
+    step_model = compiled(model)
+    batch = make_batch(model, 2, torch.Generator().manual_seed(0))
+    step_model(*batch).sum().backward()
+    with torch.no_grad():
+        step_model(*batch)
+
+
 # ---------------------------------------------------------------------------------------- models that are partly compiled
+
+
+def without_tables(rank: int) -> dict[str, float]:
+    """Train a model without a table: plain data parallelism."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    torch.manual_seed(0)
+    flat = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    inputs = torch.randn(dist.get_world_size(), 3, 4)
+    compiled(model)(inputs[rank]).sum().backward()
+    (flat(inputs.reshape(-1, 4)).sum() / dist.get_world_size()).backward()
+    pairs = zip(model.parameters(), flat.parameters(), strict=True)
+    return {"gradient": max(gradient_difference(mine, theirs) for mine, theirs in pairs)}
 
 
 class Head(nn.Module):

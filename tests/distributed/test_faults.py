@@ -101,3 +101,9 @@ def test_replicas_that_drift_apart_are_reported() -> None:
     for outcome in run_ranks(scenarios.drifting_replicas, 4):
         assert outcome.error == "CollectiveError", outcome
         assert "expected equal dense parameters on every rank" in outcome.message
+
+
+def test_a_sharded_model_that_dynamo_gives_up_on_is_a_named_error() -> None:
+    for outcome in run_ranks(scenarios.recompile_limit, 2):
+        assert outcome.error == "UnsupportedGraphError", outcome
+        assert "Dynamo stopped compiling it: TORCH_LOGS=recompiles shows why" in outcome.message

@@ -48,6 +48,11 @@ def test_dense_parameters_outside_the_graph_are_averaged(how: str) -> None:
         assert result["gradient"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
 
 
+def test_a_model_without_tables_is_data_parallel() -> None:
+    for result in values(run_ranks(scenarios.without_tables, 2)):
+        assert result["gradient"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
+
+
 def test_buffers_are_those_of_rank_zero_before_each_step() -> None:
     results = values(run_ranks(scenarios.buffers, 4))
     # All started from rank 0's mean of 0 (not from their own rank), then took up 0.1 of their own batch's mean.

@@ -8,10 +8,10 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
-from tests.models import DLRM, Batch, make_batch
-
 import torch
+from hypothesis import given, settings
+from torch import fx
+
 from dmt_compile import pipeline, torch_internals
 from dmt_compile.errors import BatchError, CollectiveError
 from dmt_compile.ir import exchange_ops as ex
@@ -23,7 +23,7 @@ from dmt_compile.runtime.route import HEADER_FIELDS, Layout, Route, make_layout
 from dmt_compile.runtime.simulated_world import SimulatedWorld, _LockstepProgram, _Transfer
 from dmt_compile.runtime.world import Ledger
 from dmt_compile.topology import Topology
-from torch import fx
+from tests.models import DLRM, Batch, make_batch
 
 # ------------------------------------------------------------------------------------------- fake rules tell the truth
 
@@ -156,23 +156,23 @@ def test_equal_headers_pass() -> None:
         (
             {"fingerprint": [7, 8, 7]},
             CollectiveError,
-            r"exchange_headers: expected the same program on every rank, found another one than rank 0's on ranks \[1\]; "
-            "give every rank the same model, options, mode",
+            r"exchange_headers: expected the same program on every rank, found another one than rank 0's on "
+            r"ranks \[1\]; give every rank the same model, options, mode",
         ),
         (
             {"checksum": [9, 9, 8]},
             CollectiveError,
-            "exchange_headers: expected equal dense parameters on every rank, found that they differ; .*clip_grad_norm_",
+            "exchange_headers: expected equal dense parameters on every rank, found that they differ; .*clip_grad",
         ),
         (
             {"fault": [0, 0, checks.ID_RANGE], "feature": [0, 0, 1], "position": [0, 0, 4], "value": [0, 0, 5]},
             BatchError,
-            r"check_batch: expected ids of table emb.1 in \[0, 5\), found 5 at position 4 of rank 2's batch; nothing was",
+            r"check_batch: expected ids of table emb.1 in \[0, 5\), found 5 at position 4 of rank 2's batch; nothing",
         ),
         (
             {"fault": [0, checks.OFFSETS, 0], "position": [0, 2, 0], "value": [0, -3, 0]},
             BatchError,
-            "expected offsets of table emb.0 that start at 0 and grow .*, found a bag of -3 ids at position 2 of rank 1's",
+            "expected offsets of table emb.0 that start at 0 and grow .*, found a bag of -3 ids at position 2",
         ),
         (
             {"fault": [checks.BATCH_SIZE, 0, 0], "feature": [2, 0, 0], "position": [4, 0, 0], "value": [3, 0, 0]},
@@ -231,7 +231,11 @@ def routes(draw: st.DrawFn) -> list[Route]:
 @given(routes())
 def test_what_one_rank_sends_is_what_the_other_expects(of_ranks: list[Route]) -> None:
     topology = of_ranks[0].layout.topology
-    members = {"ids": lambda r: tuple(range(topology.world_size)), "intra": topology.intra_ranks, "peer": topology.peer_ranks}
+    members = {
+        "ids": lambda r: tuple(range(topology.world_size)),
+        "intra": topology.intra_ranks,
+        "peer": topology.peer_ranks,
+    }
     for hop, group in members.items():
         for source in of_ranks:
             for position, target in enumerate(group(source.rank)):
@@ -288,7 +292,7 @@ def test_the_printed_peer_order_holds_only_where_towers_equal_local_ranks(
         return all(torch.equal(rows, flat_rows(route)) for route, rows in zip(of_ranks, sptt(of_ranks), strict=True))
 
     order = layout.topology.peer_order()
-    assert order == tuple(h * local_ranks + l for l, h in itertools.product(range(local_ranks), range(hosts)))
+    assert order == tuple(h * local_ranks + local for local, h in itertools.product(range(local_ranks), range(hosts)))
     assert home()
     printed = tuple(sorted(range(world), key=lambda r: (r % hosts, r // local_ranks)))
     monkeypatch.setattr(Topology, "peer_order", lambda self: printed)

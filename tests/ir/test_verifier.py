@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.passes._harness import Captured, dlrm
-
 import torch
+from torch import fx
+
 from dmt_compile.config import Options
 from dmt_compile.errors import VerifyError
 from dmt_compile.ir import exchange_ops as ex
@@ -22,7 +22,7 @@ from dmt_compile.ir.verifier import RULES, verify
 from dmt_compile.partition.assign import make_plan
 from dmt_compile.pipeline import passes_in_order
 from dmt_compile.plan import Shard
-from torch import fx
+from tests.passes._harness import Captured, dlrm
 
 README = Path(__file__).parents[2] / "passes" / "README.md"
 Plant = Callable[[Captured], str]  # plants a fault and returns what the error must name
@@ -59,7 +59,7 @@ def used_before_it_is_defined(graph: Captured) -> str:
 
 @fault("lint", "2x2", "lower_to_sptt")
 def attribute_that_is_missing(graph: Captured) -> str:
-    with graph.gm.graph.inserting_before(output(graph)), pytest.warns(UserWarning, match="does not reference"):
+    with graph.gm.graph.inserting_before(output(graph)), pytest.warns(UserWarning, match="no underlying reference"):
         graph.gm.graph.get_attr("lost").meta["val"] = 0
     return "lost"
 
@@ -87,7 +87,7 @@ def no_metadata(graph: Captured) -> str:
 @fault("metadata", "2x2", "sync_dense_gradients")
 def arguments_that_do_not_fit(graph: Captured) -> str:
     linear = graph.node(torch._C._nn.linear)
-    linear.args = (linear.args[1], linear.args[0])
+    linear.args = (linear.args[0], linear.args[2])
     return "input_1 does not accept its arguments: "
 
 
@@ -119,12 +119,11 @@ def ids_that_nothing_checked(graph: Captured) -> str:
 
 
 @fault("checked", "2x2", "batch_lookups")
-def offsets_that_nothing_checked(graph: Captured) -> str:
+def ids_that_no_header_vouches_for(graph: Captured) -> str:
     fused = graph.node(ops.batched_lookup)
-    local = graph.node(ex.pack_ids).args[2][0]
-    fused.update_arg(2, [insert(graph, fused, torch.clone, local), *fused.args[2][1:]])
-    fused.meta["val"] = graph.ctx.environment.derive(fused, graph.gm)
-    return "batched_lookup reads clone, which nothing has checked"
+    copied = insert(graph, fused, torch.clone, fused.args[1][0])
+    fused.update_arg(1, [copied, *fused.args[1][1:]])
+    return f"batched_lookup reads {copied.name}, which nothing has checked"
 
 
 @fault("one-tower", "2x2", "partition_towers")
@@ -160,8 +159,9 @@ def a_table_placed_elsewhere(graph: Captured) -> str:
 def a_check_of_local_samples(graph: Captured) -> str:
     packed = graph.node(ex.pack_ids)
     _, ids, offsets, others, rows, check_ids = packed.args
-    insert(graph, packed, ops.check_batch, ids, offsets, others, rows, ("emb.0", "emb.1", "emb.2", "dense"), check_ids)
-    return "check_batch reads this rank's samples only"
+    labels = ("emb.0", "emb.1", "emb.2", "dense")
+    check = insert(graph, packed, ops.check_batch, ids, offsets, others, rows, labels, check_ids)
+    return f"{check.name} reads this rank's samples only"
 
 
 @fault("collectives", "2x2", "lower_to_sptt")
@@ -220,8 +220,8 @@ def a_gradient_that_is_not_averaged(graph: Captured) -> str:
 def a_lookup_left_alone(graph: Captured) -> str:
     fused = graph.node(ops.batched_lookup)
     tables, ids, offsets, _, _ = fused.args
-    insert(graph, fused, ops.lookup, tables[0], ids[0], offsets[0], None, "sum", False, None)
-    return "lookup was not fused"
+    lookup = insert(graph, fused, ops.lookup, tables[0], ids[0], offsets[0], None, "sum", False, None)
+    return f"{lookup.name} was not fused"
 
 
 @fault("regions", "1x1", "compile_dense_regions")
@@ -231,7 +231,9 @@ def a_dense_node_outside_every_region(graph: Captured) -> str:
     return rf"mul computes on \['{bias.name}'\] outside every dense region"
 
 
-@pytest.mark.parametrize(("rule", "topology", "after", "plant"), FAULTS, ids=[f"{f[0]}-{f[3].__name__}" for f in FAULTS])
+@pytest.mark.parametrize(
+    ("rule", "topology", "after", "plant"), FAULTS, ids=[f"{f[0]}-{f[3].__name__}" for f in FAULTS]
+)
 def test_a_planted_fault_is_found(rule: str, topology: str, after: str, plant: Plant) -> None:
     graph = dlrm(topology)
     graph.advance(after)
@@ -262,7 +264,7 @@ def test_many_breaches_are_counted() -> None:
     graph.advance("find_tables")
     for node in calls(graph.gm, operator.getitem)[:5]:
         del node.meta["val"]
-    with pytest.raises(VerifyError, match=r"getitem_2 has no metadata; .* \(and 2 more\)\. Rule: Each node's recorded"):
+    with pytest.raises(VerifyError, match=r"getitem has no metadata; .* \(and 2 more\)\. Rule: Each node's recorded"):
         verify(graph.gm, graph.ctx, Stage.FLAT, "find_tables")
 
 

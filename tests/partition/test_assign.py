@@ -100,7 +100,10 @@ def test_equal_tables_are_spread_evenly_over_towers_and_ranks() -> None:
     assert [len(tower.tables) for tower in plan.towers] == [12, 12]
     owners = [plan.owner(table.name) for table in tables]
     assert [owners.count(rank) for rank in range(8)] == [3] * 8
-    assert plan.notes == ("largest tower load 1.00x the mean, memory 1.00x", "largest rank load 1.00x the mean, memory 1.00x")
+    assert plan.notes == (
+        "largest tower load 1.00x the mean, memory 1.00x",
+        "largest rank load 1.00x the mean, memory 1.00x",
+    )
 
 
 def test_towers_on_one_host_share_its_ranks_evenly() -> None:
@@ -214,7 +217,9 @@ def test_notes_name_the_table_that_is_larger_than_a_rank_should_be() -> None:
 def test_a_thousand_tables_on_sixteen_towers_are_even_and_deterministic() -> None:
     rng = np.random.default_rng(4)
     tables = [
-        TableSpec(f"emb.{i}", int(rng.integers(1000, 10**6)), int(rng.choice([16, 64])), pooling=float(rng.integers(1, 30)))
+        TableSpec(
+            f"emb.{i}", int(rng.integers(10**3, 10**6)), int(rng.choice([16, 64])), pooling=float(rng.integers(30))
+        )
         for i in range(1000)
     ]
     plan = make_plan(tables, Topology(16, 8))

@@ -8,15 +8,16 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
-from tests.models import DLRM, make_batch
-
 import torch
+from torch import fx, nn
+
 from dmt_compile import torch_internals
 from dmt_compile.backend import compile_graph, copy_graph
 from dmt_compile.capture import Capture
 from dmt_compile.config import Options
 from dmt_compile.inspection.dumps import GraphDump
 from dmt_compile.ir.embedding_graph import EmbeddingGraph
+from dmt_compile.ir.metadata import FakeEnvironment
 from dmt_compile.ir.pass_base import PassContext, PassReport, calls, placeholders
 from dmt_compile.ir.stages import Stage
 from dmt_compile.ir.verifier import verify
@@ -24,7 +25,7 @@ from dmt_compile.pipeline import passes_in_order
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.session import Passes, plan_for
 from dmt_compile.topology import Topology
-from torch import fx, nn
+from tests.models import DLRM, make_batch
 
 
 @dataclass
@@ -44,9 +45,12 @@ class Captured(BaseException):
             options=parsed,
             topology=ranks,
             choose_plan=lambda tables: plan_for(parsed, ranks, tables),
+            environment=FakeEnvironment(),
             embedding_graph=EmbeddingGraph(),
         )
         gm = copy_graph(self.gm)
+        for node in placeholders(gm):
+            del node.meta["val"]  # that of another environment
         with torch.set_grad_enabled(ctx.training):
             ctx.environment.annotate(gm)
         return Captured(gm, ctx)
@@ -136,7 +140,7 @@ def dlrm(topology: str = "1x1", training: bool = True, **options: Any) -> Captur
 
 
 class Lookups(nn.Module):
-    """One ordinary table, and beside it what ``look_up(model, ids, offsets)`` returns, 4 wide; ``odd`` is for its use."""
+    """One ordinary table, and beside it what ``look_up(model, ids, offsets)`` returns; ``odd`` is for its use."""
 
     def __init__(self, look_up: Callable[..., torch.Tensor], odd: nn.Module | None = None) -> None:
         super().__init__()

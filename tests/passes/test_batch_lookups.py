@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 
-from tests.passes._harness import Lookups, bags, capture, dense, dlrm
-
 import torch
+from torch import nn
+
 from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
-from torch import nn
+from tests.passes._harness import Lookups, bags, capture, dense, dlrm
 
 
 def test_one_rank_has_one_lookup_with_the_same_numbers() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from tests.passes._harness import Captured, capture, dense, dlrm
-
 import torch
-from dmt_compile.ir import ops
 from torch import nn
+
+from dmt_compile.ir import ops
+from tests.passes._harness import Captured, capture, dense, dlrm
 
 
 class Model(nn.Module):

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.passes._harness import Captured, Lookups, bags, capture, dense, dlrm
-
 import torch
-from dmt_compile.errors import UnsupportedGraphError
-from dmt_compile.ir import ops
 from torch import nn
 from torch.nn import functional as F
+
+from dmt_compile.errors import UnsupportedGraphError
+from dmt_compile.ir import ops
+from tests.passes._harness import Captured, Lookups, bags, capture, dense, dlrm
 
 
 def bag(**options: Any) -> nn.EmbeddingBag:
@@ -135,7 +135,9 @@ def test_a_lookup_of_another_number_of_bags_stays() -> None:
     graph = capture(TooFew(lambda: None, bag()), bags()).on("1x1")
     report = graph.advance("find_tables")
     assert [why for _, why in report.skipped] == ["its number of bags is not that of the first lookup"]
-    assert graph.ctx.embedding_graph.unmatched[0].source_line.endswith("self.odd(ids, offsets.view(3, 1)[:2, 0]).sum(0)")
+    assert graph.ctx.embedding_graph.unmatched[0].source_line.endswith(
+        "self.odd(ids, offsets.view(3, 1)[:2, 0]).sum(0)"
+    )
 
 
 def test_a_table_that_a_remaining_lookup_shares_stays_too() -> None:
@@ -182,9 +184,9 @@ def test_a_sparse_lookup_cannot_stay_where_ranks_train_together() -> None:
     pristine = captured(lambda m, ids, offsets: m.odd(offsets), nn.Embedding(6, 4, sparse=True))
     assert pristine.on("1x1").advance("find_tables").matched == 1
     text = (
-        r"find_tables: expected a lookup that can be placed on one rank for embedding, found that it is an nn.Embedding, "
-        r"not an nn.EmbeddingBag, and its sparse gradient cannot be averaged over ranks \(.*test_find_tables.py:\d+: .*\);"
-        r" use sparse=False there"
+        r"find_tables: expected a lookup that can be placed on one rank for embedding, found that it is an "
+        r"nn.Embedding, not an nn.EmbeddingBag, and its sparse gradient cannot be averaged over ranks "
+        r"\(.*test_find_tables.py:\d+: .*\); use sparse=False there"
     )
     with pytest.raises(UnsupportedGraphError, match=text):
         pristine.on("2x2").advance("find_tables")

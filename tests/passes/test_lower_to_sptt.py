@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.passes._harness import Lookups, bags, capture, dense, dlrm
-
 import torch
+from torch import nn
+
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
 from dmt_compile.passes.lower_to_sptt import tower_groups
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.topology import Topology
-from torch import nn
+from tests.passes._harness import Lookups, bags, capture, dense, dlrm
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,9 @@ def test_without_lookups_nothing_is_exchanged() -> None:
 
 def test_tables_of_two_element_types_are_refused() -> None:
     model = Lookups(lambda m, ids, offsets: m.odd(ids, offsets).float(), nn.EmbeddingBag(6, 4, mode="sum").double())
-    text = r"lower_to_sptt: expected tables of one element type, found \['torch.float32', 'torch.float64'\]; convert them"
+    text = (
+        r"lower_to_sptt: expected tables of one element type, found \['torch.float32', 'torch.float64'\]; convert them"
+    )
     with pytest.raises(UnsupportedGraphError, match=text):
         capture(model, bags()).on("2x2").advance("lower_to_sptt")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tests.passes._harness import capture, dlrm
-
 import torch
 from torch import nn
+
+from tests.passes._harness import capture, dlrm
 
 ASSERTION = torch.ops.aten._assert_scalar.default
 SIZE = torch.ops.aten.sym_size.int

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.passes._harness import dense, dlrm
 
 from dmt_compile.errors import PlanError
 from dmt_compile.ir.stages import Stage
 from dmt_compile.ir.verifier import verify
+from tests.passes._harness import dense, dlrm
 
 
 def test_the_plan_covers_what_find_tables_found() -> None:

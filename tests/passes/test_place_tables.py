@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.passes._harness import dense, dlrm
 
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.plan import Shard
+from tests.passes._harness import dense, dlrm
 
 
 def test_every_table_input_carries_its_shard() -> None:
@@ -41,8 +41,8 @@ def test_a_split_table_is_refused_by_name(axis: str) -> None:
     }
     graph.ctx.plan = replace(plan, placements={**plan.placements, "emb.0": halves[axis]})
     text = (
-        "place_tables: expected one shard for table emb.0, found 2; place whole tables, row and column shards cannot be "
-        "looked up yet"
+        "place_tables: expected one shard for table emb.0, found 2; place whole tables, row and column shards cannot "
+        "be looked up yet"
     )
     with pytest.raises(UnsupportedGraphError, match=text):
         graph.advance("place_tables")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.passes._harness import Lookups, bags, capture, dlrm
-
 import torch
+from torch import nn
+
 from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir.pass_base import placeholders
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.ir.verifier import verify
 from dmt_compile.passes.sync_dense_gradients import SyncDenseGradients
-from torch import nn
+from tests.passes._harness import Lookups, bags, capture, dlrm
 
 
 def test_every_trained_dense_parameter_passes_through() -> None:
@@ -24,7 +24,9 @@ def test_every_trained_dense_parameter_passes_through() -> None:
     assert (report.changed, report.matched, report.skipped, report.effect) == (True, 8, (), None)
     synchronize = graph.node(ex.synchronize)
     names = [graph.ctx.flat_names[n.name] for n in synchronize.args[0]]
-    assert sorted(names) == sorted(f"{p}.{i}.{w}" for p in ("bottom", "top") for i in (0, 2) for w in ("weight", "bias"))
+    assert sorted(names) == sorted(
+        f"{p}.{i}.{w}" for p in ("bottom", "top") for i in (0, 2) for w in ("weight", "bias")
+    )
     for node in synchronize.args[0]:
         assert list(node.users) == [synchronize]
     tables = [graph.input(f"emb.{i}.weight") for i in range(3)]

@@ -340,6 +340,8 @@ class Broken(nn.Module):
         return self.head(torch.cat([first, second], dim=1))
 
 
+# Dynamo itself looks at the gradient of what an earlier graph returned, with any backend.
+@pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning:torch\..*")
 @pytest.mark.parametrize("topology", ["2x2", "1x3"])
 def test_a_model_with_graph_breaks(topology: str) -> None:
     torch.manual_seed(0)
