@@ -20,7 +20,9 @@ from models import Batch, make_batch, make_model
 from torch import nn
 
 
-def stepper(model: nn.Module, call: Callable[..., Any], batch: Batch, labels: torch.Tensor) -> Callable[[], list[float]]:
+def stepper(
+    model: nn.Module, call: Callable[..., Any], batch: Batch, labels: torch.Tensor
+) -> Callable[[], list[float]]:
     """Return a function that runs one step and returns the seconds of its parts."""
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.01)
 

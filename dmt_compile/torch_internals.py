@@ -22,7 +22,7 @@ from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 __all__ = ["FakeTensor", "FakeTensorMode", "ShapeEnv", "ShortenTraceback", "Store"]  # for others
@@ -118,11 +118,6 @@ def unmark_dynamic_dims(tensor: torch.Tensor) -> None:
 def is_marked(tensor: torch.Tensor) -> bool:
     """Tell whether :func:`mark_dynamic_dims` was applied and not taken back."""
     return hasattr(tensor, "_dmt_marks")
-
-
-def is_free_size(size: int | torch.SymInt) -> bool:
-    """Tell whether a size is a symbol that Dynamo does not guard on."""
-    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 def forget_equal_sizes(tensors: Sequence[torch.Tensor]) -> None:
@@ -246,7 +241,7 @@ def size_from_expression(mode: FakeTensorMode, expression: Any) -> int | torch.S
 
 
 def swap_contents(parameter: torch.Tensor, replacement: torch.Tensor) -> None:
-    """Give ``parameter`` the class, data and autograd state of ``replacement``, keeping its Python identity.
+    """Give ``parameter`` the class, data and autograd state of ``replacement``, keeping its Python identity and hooks.
 
     As ``torch.utils.swap_tensors``, but allowed while weak references exist: Dynamo's tracer holds some when a backend
     runs, and they go with the analysis that :func:`restart_analysis` ends.
@@ -261,6 +256,10 @@ def swap_contents(parameter: torch.Tensor, replacement: torch.Tensor) -> None:
     torch._C._swap_tensor_impl(parameter, replacement)
     parameter.__class__ = replacement.__class__
     parameter.__dict__.update(attributes)
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        hooks = getattr(parameter, name)  # Python's side stayed, autograd's went with the contents: set it anew
+        setattr(parameter, name, None)
+        setattr(parameter, name, hooks)
 
 
 # ------------------------------------------------------------------------------------------------------ dense compilers

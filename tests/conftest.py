@@ -8,6 +8,7 @@ import torch
 
 # Same examples in every run, and no timed assertion on a machine that others use as well.
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("reproducible"), max_examples=2000)
 hypothesis.settings.load_profile("reproducible")
 
 

@@ -7,12 +7,12 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
+from torch import fx
 
 import dmt_compile
-import torch
 from dmt_compile import errors
 from dmt_compile.errors import BatchError, DmtError
-from torch import fx
 
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, DmtError)]
 PACKAGE = Path(dmt_compile.__file__).parent
@@ -60,10 +60,14 @@ def _texts() -> list[tuple[str, str]]:
     """Return where each error of ours is made, and the constant parts of its text."""
     names = {error_class.__name__ for error_class in CLASSES}
     found = []
-    for path in sorted([*PACKAGE.glob("**/*.py"), *(PACKAGE / "passes").glob("*.py"), *(PACKAGE / "kernels").glob("**/*.py")]):
+    for path in sorted(
+        [*PACKAGE.glob("**/*.py"), *(PACKAGE / "passes").glob("*.py"), *(PACKAGE / "kernels").glob("**/*.py")]
+    ):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names and node.args:
-                parts = [n.value for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                parts = [
+                    n.value for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+                ]
                 found.append((f"{path.relative_to(PACKAGE)}:{node.lineno}", " ".join(parts)))
     return found
 

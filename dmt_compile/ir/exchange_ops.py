@@ -305,5 +305,5 @@ class _Synchronize(torch.autograd.Function):
 def broadcast_buffers(tensors: Sequence[torch.Tensor], group: str) -> tuple[torch.Tensor, ...]:
     """Overwrite buffers with rank 0's and return them, as DDP does before each training forward."""
     for tensor in tensors:
-        runtime.current().world.broadcast(tensor, "broadcast_buffers")
+        runtime.current().world.broadcast(tensor.data, "broadcast_buffers")  # .data: no new version for autograd
     return tuple(tensors)

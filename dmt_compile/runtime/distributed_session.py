@@ -168,7 +168,8 @@ class DistributedSession:
             }
             state.synchronized.update(averaged)
             _hook_others(capture.outer, state)
-        return Program(capture.gm, report, state.world, state.checksum)
+        outside = _buffers_outside(capture) if ctx.training and ctx.embedding_graph.tables else []
+        return Program(capture.gm, report, state.world, state.checksum, outside)
 
     def dump(self) -> GraphDump | None:
         """Dump into a folder of this rank's own."""
@@ -192,6 +193,13 @@ def _hook_others(model: nn.Module | None, state: ModelState) -> None:
         elif parameter.requires_grad and not isinstance(parameter, ShardedTable) and key not in state.hooks:
             average = functools.partial(_average, world=state.world)
             state.hooks[key] = parameter.register_post_accumulate_grad_hook(average)
+
+
+def _buffers_outside(capture: Capture) -> list[torch.Tensor]:
+    """Return the floating-point buffers that this graph does not hold; the program with the lookups keeps them equal."""
+    held = {id(tensor) for tensor in capture.parameters.values()}
+    buffers = [] if capture.outer is None else capture.outer.buffers()
+    return [buffer for buffer in buffers if id(buffer) not in held and buffer.is_floating_point()]
 
 
 def _average(parameter: torch.Tensor, world: ProcessWorld) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from dmt_compile.pipeline import PipelineReport
@@ -23,6 +24,7 @@ class Program:
         report: what the passes did.
         world: the ranks, or ``None``.
         checksum: a number that must be equal on every rank at this step, or 0.
+        buffers: buffers that the graph does not hold; overwritten with rank 0's before each call.
     """
 
     def __init__(
@@ -31,10 +33,12 @@ class Program:
         report: PipelineReport,
         world: ProcessWorld | None,
         checksum: Callable[[], int] = lambda: 0,
+        buffers: Sequence[torch.Tensor] = (),
     ) -> None:
         self.gm = gm
         self.report = report
         self.world = world
+        self.buffers = buffers
         self._execution = None if world is None else Execution(world, fingerprint(gm), checksum)
         self._calls = 0
 
@@ -43,6 +47,8 @@ class Program:
             return self.gm(*args)
         self._calls += 1
         self.world.warm = self._calls > _WARM_AFTER
+        for buffer in self.buffers:
+            self.world.broadcast(buffer.data, "buffers outside the graph")
         with executing(self._execution):
             return self.gm(*args)
 

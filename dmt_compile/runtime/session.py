@@ -67,7 +67,11 @@ def plan_for(
     """
     given = options.resolve_plan()
     if given is None:
-        return make_plan(tables, topology, towers=options.towers, partition=options.partition)
+        partition = options.partition
+        if not isinstance(partition, str):  # tables behind a graph break are planned with their own graph
+            others = {table.name for table in elsewhere}
+            partition = [[name for name in group if name not in others] for group in partition]
+        return make_plan(tables, topology, towers=options.towers, partition=partition)
     if (given.topology.hosts, given.topology.local_ranks) != (topology.hosts, topology.local_ranks):
         raise PlanError(
             f"plan: expected a plan for topology {topology}, found one for {given.topology}; make it again with "

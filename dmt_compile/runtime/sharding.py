@@ -29,7 +29,7 @@ def block_of(plan: TowerPlan, name: str, rank: int, model: Any) -> Block:
 def replicate(tensors: Iterable[torch.Tensor], world: ProcessWorld) -> None:
     """Overwrite dense parameters and buffers with rank 0's, as DDP does when it is built."""
     for tensor in tensors:
-        data = tensor.detach()
+        data = tensor.data  # not detach(): an eager part of the first step may have saved a buffer for its backward
         wire = data.contiguous().to(world.device)
         world.broadcast(wire, "initial values")
         data.copy_(wire)
@@ -63,7 +63,6 @@ def _shard(name: str, parameter: torch.Tensor, block: Block, optimizers: list[to
     shape, whole, gradient = parameter.shape, parameter.detach(), parameter.grad
     local = block.cut(whole)
     local = local if local.shape == shape else local.clone()
-    hooks = list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
     parameter.grad = None
     replacement = nn.Parameter(ShardedTable(local, shape, block), parameter.requires_grad)
     try:
@@ -74,8 +73,6 @@ def _shard(name: str, parameter: torch.Tensor, block: Block, optimizers: list[to
             "and losses of earlier eager steps before the first compiled call"
         ) from error
     del replacement
-    for hook in hooks:
-        parameter.register_post_accumulate_grad_hook(hook)
     if gradient is not None and gradient.layout == torch.strided:
         parameter.grad = ShardedTable(block.cut(gradient).clone(), shape, block)
     elif gradient is not None and local.numel():

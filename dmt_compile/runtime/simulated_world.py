@@ -91,7 +91,7 @@ class SimulatedWorld:
                         calls.append(call)
                 if not calls:
                     return outputs
-                if len(calls) != ranks or any(call.program is not calls[0].program for call in calls):
+                if len(calls) != ranks or len({call.program.fingerprint for call in calls}) > 1:
                     raise CollectiveError(
                         "simulated world: expected the same program on every rank, found several; give every rank the "
                         "same kind of batch"
@@ -180,8 +180,9 @@ class _LockstepProgram:
         self.gm = gm
         self.topology = world.topology
         self.ledger = world.ledger
+        self.fingerprint = fingerprint(gm)
         self._executions = [
-            Execution(_SimulatedRank(self.topology, rank, self.ledger), fingerprint(gm))  # type: ignore[arg-type]
+            Execution(_SimulatedRank(self.topology, rank, self.ledger), self.fingerprint)  # type: ignore[arg-type]
             for rank in range(self.topology.world_size)
         ]
 

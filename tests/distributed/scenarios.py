@@ -346,18 +346,17 @@ class Broken(nn.Module):
         return self.head(out).squeeze(1)
 
 
-def buffers(rank: int) -> list[float]:
-    """Return the running mean of a batch norm inside the graph after two training steps."""
+def buffers(rank: int) -> tuple[list[float], list[float]]:
+    """Return the running mean of a batch norm inside the graph after a step of one's own and after one in common."""
     torch.manual_seed(rank)
     model = Normalised()
     with torch.no_grad():
         model.norm.running_mean.fill_(float(rank))
     step_model = compiled(model)
-    generator = torch.Generator().manual_seed(rank)
-    step_model(*make_batch(model.dlrm, 4, generator)).sum().backward()
-    local = model.norm.running_mean.tolist()
-    step_model(*make_batch(model.dlrm, 4, generator)).sum().backward()
-    return local
+    step_model(*make_batch(model.dlrm, 4, torch.Generator().manual_seed(rank))).sum().backward()
+    own = model.norm.running_mean.tolist()
+    step_model(*make_batch(model.dlrm, 4, torch.Generator().manual_seed(9))).sum().backward()
+    return own, model.norm.running_mean.tolist()
 
 
 class Normalised(nn.Module):

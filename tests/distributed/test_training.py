@@ -55,9 +55,11 @@ def test_a_model_without_tables_is_data_parallel() -> None:
 
 def test_buffers_are_those_of_rank_zero_before_each_step() -> None:
     results = values(run_ranks(scenarios.buffers, 4))
+    own, common = ([result[i] for result in results] for i in range(2))
     # All started from rank 0's mean of 0 (not from their own rank), then took up 0.1 of their own batch's mean.
-    assert all(max(map(abs, running_mean)) < 0.2 for running_mean in results)
-    assert len({tuple(running_mean) for running_mean in results}) == 4
+    assert all(max(map(abs, running_mean)) < 0.2 for running_mean in own)
+    # The same batch on top of rank 0's running mean leaves the same on every rank.
+    assert len({tuple(running_mean) for running_mean in common}) == 1
 
 
 def test_a_sharded_model_in_the_hands_of_users() -> None:

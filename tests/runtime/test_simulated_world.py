@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests._tolerances import assert_reordered
-from tests.models import DLRM, Batch, concatenate, dense_of, make_batch
+from torch import nn
 
 import dmt_compile
-import torch
 from dmt_compile import SimulatedWorld, Topology
 from dmt_compile.cost.traffic import embedding_traffic
 from dmt_compile.errors import BatchError, CollectiveError, ConfigError
-from torch import nn
+from tests._tolerances import assert_reordered
+from tests.models import DLRM, Batch, concatenate, dense_of, make_batch
 
 LONGEST_SUM = 400  # ids of one row in a global batch of 16 ranks
 EXAMPLES = max(1, settings().max_examples // 4)
@@ -179,7 +179,7 @@ def test_a_dlrm_trains_and_evaluates_as_the_flat_model_does(
         outputs = world.run(model, local, dense_compiler="eager", **options)
         for output, batch in zip(outputs, local, strict=True):
             if len(batch[0]):  # the flat model's view cannot tell the sizes of an empty batch
-                assert torch.equal(output, flat(*batch))
+                assert torch.equal(output, model(*batch))
         sum(output.sum() for output in outputs).backward()
         (flat(*concatenate(local)).sum() / ranks).backward()
         assert_same_gradients(model, flat)
@@ -283,7 +283,9 @@ def test_a_faulty_batch_names_its_rank(rank: int) -> None:
     local = [make_batch(model, 3, generator) for _ in range(4)]
     local[rank][1][2] = torch.tensor([99])
     local[rank][2][2] = torch.tensor([0, 1, 1])
-    text = rf"expected ids of table emb.2 in \[0, 7\), found 99 at position 0 of rank {rank}'s batch; nothing was updated"
+    text = (
+        rf"expected ids of table emb.2 in \[0, 7\), found 99 at position 0 of rank {rank}'s batch; nothing was updated"
+    )
     with pytest.raises(BatchError, match=text):
         world.run(model, local, dense_compiler="eager")
     local[rank][1][2] = torch.tensor([6])
@@ -308,6 +310,28 @@ def test_ranks_in_different_programs_are_told() -> None:
     world = SimulatedWorld("1x2")
     with pytest.raises(CollectiveError, match="expected the same program on every rank, found several"):
         world.run(Choosy(), [batch, batch], kwargs=[{}, {"twice": True}], dense_compiler="eager")
+
+
+class Stacked(nn.Module):
+    """A model that takes its offsets as one (tables, samples) tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.ModuleList(nn.EmbeddingBag(10, 4, mode="sum") for _ in range(3))
+
+    def forward(self, ids: list[torch.Tensor], offsets: torch.Tensor) -> torch.Tensor:
+        return torch.cat([table(i, o) for table, i, o in zip(self.emb, ids, offsets, strict=True)], dim=1)
+
+
+def test_an_empty_batch_beside_others_with_offsets_in_one_tensor() -> None:
+    torch.manual_seed(0)
+    model = Stacked()
+    world = SimulatedWorld("2x2")
+    for sizes in ([3, 0, 1, 5], [0, 2, 2, 0]):
+        local = [([torch.randint(10, (size,)) for _ in range(3)], torch.arange(size).repeat(3, 1)) for size in sizes]
+        outputs = world.run(model, local, dense_compiler="eager")
+        assert all(torch.equal(output, model(*batch)) for output, batch in zip(outputs, local, strict=True))
+        sum(output.sum() for output in outputs).backward()
 
 
 def test_keyword_arguments_come_one_mapping_a_rank() -> None:

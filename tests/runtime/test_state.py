@@ -1,4 +1,4 @@
-"""``full_state_dict`` and ``clip_grad_norm_`` in one process, on flat models and on one rank's part of a sharded one."""
+"""Full state dicts and gradient clipping in one process: of flat models, and of one rank's part of a sharded one."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import copy
 from typing import Any, cast
 
 import pytest
-from tests.models import DLRM, make_batch
+import torch
+from torch import nn
 
 import dmt_compile
-import torch
 from dmt_compile.errors import CheckpointError
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.runtime.distributed_session import ModelState
 from dmt_compile.runtime.sharding import guard_state_dict
 from dmt_compile.runtime.tables import Block, ShardedTable
 from dmt_compile.topology import Topology
-from torch import nn
+from tests.models import DLRM, make_batch
 
 PLAN = TowerPlan(
     topology=Topology(1, 2),
@@ -78,7 +78,7 @@ class Sharded(nn.Module):
         return Block(name, shard.rows, shard.columns).cut(value)
 
 
-# ----------------------------------------------------------------------------------------------------------- state dicts
+# ---------------------------------------------------------------------------------------------------------- state dicts
 
 
 @pytest.mark.parametrize("compiled", ["no", "whole", "submodule"])
@@ -118,16 +118,23 @@ def test_a_sharded_model_gives_full_tensors_under_the_flat_names() -> None:
     sent: list[torch.Tensor] = []
     model.world.move = lambda tensor, source, target, label: sent.append(tensor)  # type: ignore[method-assign]
     assert dmt_compile.full_state_dict(model) == {}
-    assert [torch.equal(wire, model.cut(name, 1, value)) for wire, (name, value) in zip(sent, model.flat.items(), strict=True)] == [True, True]
+    assert [
+        torch.equal(wire, model.cut(name, 1, value))
+        for wire, (name, value) in zip(sent, model.flat.items(), strict=True)
+    ] == [True, True]
 
 
 def test_a_plain_state_dict_of_a_sharded_model_is_refused() -> None:
     model = Sharded()
-    with pytest.raises(CheckpointError, match=r"found state_dict\(\) at 'emb.0.'; full_state_dict is a collective call"):
+    with pytest.raises(
+        CheckpointError, match=r"found state_dict\(\) at 'emb.0.'; full_state_dict is a collective call"
+    ):
         model.state_dict()
     assert set(model.top.state_dict()) == {"weight", "bias"}
     dmt_compile.full_state_dict(model)
-    with pytest.raises(CheckpointError, match="expected dmt_compile.full_state_dict"):  # still, after it was allowed once
+    with pytest.raises(
+        CheckpointError, match=r"expected dmt_compile\.full_state_dict"
+    ):  # still, after it was allowed once
         model.state_dict()
 
 
@@ -136,11 +143,13 @@ def test_a_table_without_its_program_is_refused() -> None:
     table = model.emb[1].weight
     lost = Block("emb.1", table.block.rows, table.block.columns)
     model.emb[1].weight = nn.Parameter(ShardedTable(table.local, table.shape, lost))
-    with pytest.raises(CheckpointError, match="expected table emb.1 as the program that sharded it left it, found a copy"):
+    with pytest.raises(
+        CheckpointError, match=r"expected table emb\.1 as the program that sharded it left it, found a copy"
+    ):
         dmt_compile.full_state_dict(model)
 
 
-# -------------------------------------------------------------------------------------------------------------- clipping
+# ------------------------------------------------------------------------------------------------------------- clipping
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
@@ -195,6 +204,6 @@ def test_a_norm_that_is_not_finite_is_an_error_where_asked_for() -> None:
     parameter.grad = torch.tensor([1.0, float("inf")])
     assert dmt_compile.clip_grad_norm_([parameter], 1.0).isinf()
     parameter.grad = torch.tensor([1.0, float("inf")])
-    with pytest.raises(RuntimeError, match="clip_grad_norm_: expected a finite norm of order 2.0, found inf"):
+    with pytest.raises(RuntimeError, match=r"clip_grad_norm_: expected a finite norm of order 2\.0, found inf"):
         dmt_compile.clip_grad_norm_([parameter], 1.0, error_if_nonfinite=True)
     assert torch.equal(parameter.grad, torch.tensor([1.0, float("inf")]))  # left as it was

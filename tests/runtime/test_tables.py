@@ -8,15 +8,18 @@ import itertools
 import pickle
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
-
 import torch
-from dmt_compile.errors import CheckpointError, DmtError, UnsupportedGraphError
-from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse, local_sparse
-from dmt_compile.torch_internals import swap_contents
 from torch import nn
+
+from dmt_compile.errors import CheckpointError, DmtError, UnsupportedGraphError
+from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
+from dmt_compile.runtime.sharding import block_of, shard_tables
+from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse, local_sparse
+from dmt_compile.topology import Topology
+from dmt_compile.torch_internals import swap_contents
 
 ROWS, DIM = 12, 6
 BLOCKS = {
@@ -72,7 +75,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "RAdam": lambda p: torch.optim.RAdam(p, 0.1),
     "Adadelta": lambda p: torch.optim.Adadelta(p, 0.1),
     "ASGD": lambda p: torch.optim.ASGD(p, 0.1),
-    "Rprop": lambda p: torch.optim.Rprop(p, 0.1),
     "RMSprop": lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.5, centered=True, weight_decay=0.01),
     "RMSprop foreach": lambda p: torch.optim.RMSprop(p, 0.1, foreach=True),
 }
@@ -114,7 +116,9 @@ def test_dense_optimizers_equal_the_flat_one_s_slice(name: str, block: Block) ->
     assert not local(sharded.grad).any()
 
 
-@pytest.mark.parametrize("block", [BLOCKS["whole"], BLOCKS["rows"], BLOCKS["columns"]], ids=["whole", "rows", "columns"])
+@pytest.mark.parametrize(
+    "block", [BLOCKS["whole"], BLOCKS["rows"], BLOCKS["columns"]], ids=["whole", "rows", "columns"]
+)
 @pytest.mark.parametrize("name", SPARSE_OPTIMIZERS)
 def test_sparse_optimizers_equal_the_flat_one_s_slice(name: str, block: Block) -> None:
     sharded, flat = parameters(block)
@@ -133,7 +137,20 @@ def test_sparse_optimizers_equal_the_flat_one_s_slice(name: str, block: Block) -
         assert_state_is_local(mine, theirs, block)
 
 
-@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS.keys())
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.Rprop(p, 0.1), torch.optim.Adafactor], ids=["Rprop", "Adafactor"]
+)
+@every_block
+def test_an_optimizer_that_is_not_element_wise_is_refused(make: Any, block: Block) -> None:
+    sharded, flat = parameters(block)
+    optimizer = make([sharded])
+    sharded.grad = shard(torch.ones(ROWS, DIM), block)
+    with pytest.raises(UnsupportedGraphError, match=r"sharded table emb\.0: expected "):
+        optimizer.step()
+    assert_is_block_of(sharded, flat, block)
+
+
+@every_block
 def test_optimizer_state_takes_the_memory_of_the_block_alone(block: Block) -> None:
     sharded, _ = parameters(block)
     optimizer = torch.optim.Adagrad([sharded])  # makes its state at once
@@ -143,7 +160,102 @@ def test_optimizer_state_takes_the_memory_of_the_block_alone(block: Block) -> No
     assert local(sharded).untyped_storage().nbytes() == 4 * elements
 
 
-# ------------------------------------------------------------------------------------------------ what users do to tensors
+# ------------------------------------------------------------------------------------------------------------- sharding
+
+
+class OneOfTwo:
+    """The world as one of two ranks sees it; what it would be sent are the rows that it has already."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.moved: list[tuple[int, int, tuple[int, ...]]] = []
+
+    def move(self, tensor: torch.Tensor, source: int, target: int, label: str) -> None:
+        self.moved.append((source, target, tuple(tensor.shape)))
+
+
+PLAN = TowerPlan(
+    topology=Topology(1, 2),
+    tables=(TableSpec("mine", ROWS, DIM), TableSpec("theirs", ROWS, DIM), TableSpec("ours", ROWS, DIM)),
+    towers=(Tower("tower0", ("mine", "theirs", "ours"), (0,), 3 * DIM),),
+    placements={
+        "mine": (Shard(0, (0, ROWS), (0, DIM)),),
+        "theirs": (Shard(1, (0, ROWS), (0, DIM)),),
+        "ours": (Shard(0, (0, 8), (0, DIM)), Shard(1, (8, ROWS), (0, DIM))),
+    },
+)
+
+
+def bytes_of(tensor: torch.Tensor) -> int:
+    return local(tensor).untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sharding_cuts_parameters_gradients_and_optimizer_state_down_to_what_a_rank_owns(rank: int) -> None:
+    torch.manual_seed(0)
+    tables = {name: nn.Parameter(torch.randn(ROWS, DIM)) for name in PLAN.placements}
+    flat = {name: nn.Parameter(table.detach().clone()) for name, table in tables.items()}
+    before = [torch.optim.Adagrad(group.values(), 0.1) for group in (tables, flat)]
+    calls: list[str] = []
+    handles: list[Any] = []
+    for name in PLAN.placements:
+        gradient = torch.randn(ROWS, DIM)
+        tables[name].grad, flat[name].grad = gradient.clone(), gradient
+        tables[name].register_post_accumulate_grad_hook(lambda _, name=name: calls.append(name))
+        handles.append(tables[name].register_hook(lambda gradient, name=name: calls.append(f"before {name}")))
+    for optimizer in before:
+        optimizer.step()
+    world = OneOfTwo(rank)
+    identities = {name: id(table) for name, table in tables.items()}
+    shard_tables(tables, PLAN, cast(Any, world), model="the model")
+    after = torch.optim.Adagrad(tables.values(), 0.1)
+    assert world.moved == [(0, 1, (ROWS, DIM)), (0, 1, (4, DIM))]  # what rank 1 owns comes from rank 0
+    elements = {"mine": (ROWS * DIM, 0), "theirs": (0, ROWS * DIM), "ours": (8 * DIM, 4 * DIM)}
+    for name, table in tables.items():
+        block = block_of(PLAN, name, rank, None)
+        assert id(table) == identities[name]
+        assert table.block.model == "the model"
+        assert_is_block_of(table, flat[name], block)
+        assert_is_block_of(table.grad, flat[name].grad, block)
+        assert_is_block_of(before[0].state[table]["sum"], before[1].state[flat[name]]["sum"], block)
+        for tensor in (table, table.grad, before[0].state[table]["sum"], after.state[table]["sum"]):
+            assert bytes_of(tensor) == 4 * elements[name][rank]
+    for optimizer in before:
+        optimizer.step()
+    for name, table in tables.items():
+        assert_is_block_of(table, flat[name], block_of(PLAN, name, rank, None))
+        (table * 1.0).backward(torch.zeros_like(table))
+        assert calls == [f"before {name}", name]  # once each
+        calls.clear()
+    handles[0].remove()
+    (tables["mine"] * 1.0).backward(torch.zeros_like(tables["mine"]))
+    assert calls == ["mine"]
+
+
+def test_sparse_gradients_survive_sharding_on_their_owner_alone() -> None:
+    tables = {name: nn.Parameter(torch.zeros(ROWS, DIM)) for name in PLAN.placements}
+    for table in tables.values():
+        nn.functional.embedding_bag(
+            torch.tensor([1, 1]), table, torch.tensor([0, 1]), mode="sum", sparse=True
+        ).sum().backward()
+    shard_tables(tables, PLAN, cast(Any, OneOfTwo(1)), None)
+    assert tables["mine"].grad is None
+    assert tables["theirs"].grad.to_dense()[1].tolist() == [2.0] * DIM
+
+
+def test_a_table_in_a_living_autograd_graph_is_not_sharded() -> None:
+    tables = {name: nn.Parameter(torch.ones(ROWS, DIM)) for name in PLAN.placements}
+    held = tables["theirs"] * 2
+    with pytest.raises(
+        UnsupportedGraphError, match=r"expected table theirs free of earlier autograd graphs, found .*drop the outputs"
+    ):
+        shard_tables(tables, PLAN, cast(Any, OneOfTwo(0)), None)
+    assert held.shape == (ROWS, DIM)
+
+
+# --------------------------------------------------------------------------------------------- what users do to tensors
 
 
 @every_block
@@ -163,7 +275,20 @@ def test_optimizer_state_takes_the_memory_of_the_block_alone(block: Block) -> No
         lambda t: 1 / t,
         copy.deepcopy,
     ],
-    ids=["full", "full preserve", "zeros", "ones", "clone", "detach", "double", "bfloat16", "affine", "sqrt", "divide", "copy"],
+    ids=[
+        "full",
+        "full preserve",
+        "zeros",
+        "ones",
+        "clone",
+        "detach",
+        "double",
+        "bfloat16",
+        "affine",
+        "sqrt",
+        "divide",
+        "copy",
+    ],
 )
 def test_new_tensors_hold_the_block(make: Any, block: Block) -> None:
     sharded, flat = parameters(block)
@@ -252,15 +377,27 @@ _IDS, _OFFSETS = torch.tensor([1, 2]), torch.tensor([0, 1])
 @pytest.mark.parametrize(
     ("misuse", "error", "text"),
     [
-        (lambda t: nn.functional.embedding_bag(_IDS, t, _OFFSETS), UnsupportedGraphError, "expected use inside the compiled model"),
+        (
+            lambda t: nn.functional.embedding_bag(_IDS, t, _OFFSETS),
+            UnsupportedGraphError,
+            "expected use inside the compiled model",
+        ),
         (lambda t: nn.functional.embedding(_IDS, t), UnsupportedGraphError, "expected use inside the compiled model"),
-        (lambda t: t.sum(), UnsupportedGraphError, "call the compiled model on every rank, or take the flat weights with "),
+        (
+            lambda t: t.sum(),
+            UnsupportedGraphError,
+            "call the compiled model on every rank, or take the flat weights with ",
+        ),
         (lambda t: t.mean(0), UnsupportedGraphError, "dmt_compile.full_state_dict"),
         (lambda t: t @ torch.ones(DIM), UnsupportedGraphError, "TORCH_LOGS=recompiles shows why"),
         (lambda t: t[0], UnsupportedGraphError, "expected use inside the compiled model"),
         (lambda t: torch.ones(ROWS, DIM).add_(t), UnsupportedGraphError, "expected use inside the compiled model"),
         (lambda t: t.norm(), UnsupportedGraphError, "call dmt_compile.clip_grad_norm_"),
-        (pickle.dumps, CheckpointError, "expected a flat tensor for table emb.0, found one sharded over the ranks; save "),
+        (
+            pickle.dumps,
+            CheckpointError,
+            "expected a flat tensor for table emb.0, found one sharded over the ranks; save ",
+        ),
         (lambda t: torch.save(t, io.BytesIO()), CheckpointError, "dmt_compile.full_state_dict(model) instead"),
         (lambda t: torch.save({"emb.0.weight": nn.Parameter(t)}, io.BytesIO()), CheckpointError, "a collective call"),
     ],
@@ -276,15 +413,19 @@ def test_what_needs_the_flat_table_is_refused(misuse: Any, error: type[DmtError]
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-@pytest.mark.parametrize("clip", [nn.utils.clip_grad_norm_, nn.utils.get_total_norm], ids=["clip", "norm"])
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda p, foreach: nn.utils.clip_grad_norm_([p], 1.0, foreach=foreach),
+        lambda p, foreach: nn.utils.get_total_norm([p.grad], foreach=foreach),
+    ],
+    ids=["clip", "norm"],
+)
 def test_the_clipping_of_pytorch_is_refused(clip: Any, foreach: bool) -> None:
     sharded, _ = parameters(BLOCKS["rows"])
     sharded.grad = shard(torch.ones(ROWS, DIM), BLOCKS["rows"])
     with pytest.raises(UnsupportedGraphError, match="would compute another norm on every rank, call dmt_compile"):
-        if clip is nn.utils.clip_grad_norm_:
-            clip([sharded], 1.0, foreach=foreach)
-        else:
-            clip([sharded.grad], foreach=foreach)
+        clip(sharded, foreach)
 
 
 # ------------------------------------------------------------------------------------------------------------- autograd
