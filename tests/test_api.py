@@ -205,10 +205,10 @@ class Mixed(nn.Module):
         self.normed = nn.EmbeddingBag(7, 4, max_norm=1.0)
 
     def forward(self, ids: torch.Tensor, offsets: torch.Tensor, single: torch.Tensor) -> torch.Tensor:
-        b = self.tables["b"](ids, offsets)
-        return (
-            b + [self.tables["i"]][0](single) + self.normed(single, offsets)
-        )  # a [b] would be markup, :smile: an emoji
+        out = self.tables["b"](ids, offsets)
+        for i in "i":
+            out = out + self.tables[i](single)  # as markup, [i] would be dropped, and :smile: replaced
+        return out + self.normed(single, offsets)
 
 
 def mixed_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

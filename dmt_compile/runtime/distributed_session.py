@@ -196,7 +196,7 @@ def _hook_others(model: nn.Module | None, state: ModelState) -> None:
 
 
 def _buffers_outside(capture: Capture) -> list[torch.Tensor]:
-    """Return the floating-point buffers that this graph does not hold; the program with the lookups keeps them equal."""
+    """Return floating-point buffers that this graph does not hold; the program with the lookups keeps them equal."""
     held = {id(tensor) for tensor in capture.parameters.values()}
     buffers = [] if capture.outer is None else capture.outer.buffers()
     return [buffer for buffer in buffers if id(buffer) not in held and buffer.is_floating_point()]

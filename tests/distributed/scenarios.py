@@ -136,7 +136,7 @@ def evaluate_and_train(rank: int) -> int:
     return counters["stats"]["unique_graphs"]
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------ bad input
 
 
 def bad_batch(rank: int, fault: str) -> str:
@@ -277,7 +277,7 @@ def recompile_limit(rank: int) -> Any:
         step_model(*batch)
 
 
-# ---------------------------------------------------------------------------------------- models that are partly compiled
+# ------------------------------------------------------------------------------------- models that are partly compiled
 
 
 def without_tables(rank: int) -> dict[str, float]:
@@ -371,7 +371,7 @@ class Normalised(nn.Module):
         return self.dlrm(self.norm(dense), ids, offsets)
 
 
-# ------------------------------------------------------------------------------------------------ a sharded model by hand
+# ------------------------------------------------------------------------------------- a sharded model by hand
 
 
 def handling(rank: int) -> dict[str, str]:
