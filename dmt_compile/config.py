@@ -38,7 +38,8 @@ class Options:
         verify: hold the graph to its stage's rules after every pass.
         dump_dir: folder for the graph before and after every pass, and ``report.json``.
         timeout_s: seconds after which a rank that does not arrive at a collective is reported.
-        first_timeout_s: the same for the first call, in which ranks compile.
+        first_timeout_s: the same for a model's first calls, in which ranks compile; the first calls of its later graphs
+            wait up to ten times as long as this rank compiled, within the two.
 
     Raises:
         ConfigError: an unknown name or value, or a contradiction.

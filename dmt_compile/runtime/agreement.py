@@ -19,10 +19,10 @@ _rounds = count()
 _LAST_WORDS_S = 5.0
 
 
-def signature(tables: Sequence[TableSpec], options: str) -> str:
-    """Return what has to be equal on every rank before one plan can serve all: tables and options, not the batch."""
+def signature(tables: Sequence[TableSpec], options: str, shapes: object) -> str:
+    """Return what has to be equal on every rank before one plan can serve all: model and options, not the batch."""
     content = [(t.name, t.rows, t.dim, t.dtype, t.features) for t in tables]
-    return f"{len(tables)} tables, {hashlib.sha256(repr((content, options)).encode()).hexdigest()[:16]}"
+    return f"{len(tables)} tables, {hashlib.sha256(repr((content, options, shapes)).encode()).hexdigest()[:16]}"
 
 
 def agree(make_plan: Callable[[], TowerPlan], mine: Callable[[], str], timeout_s: float) -> TowerPlan:
@@ -82,7 +82,7 @@ def _verdict(store: Store, prefix: str, world: int, make_plan: Callable[[], Towe
     others = [rank for rank, answer in enumerate(answers) if answer != answers[0]]
     if others:
         return (
-            f"PlanError plan: expected the same tables and options on every rank, found {answers[0][3:]} on rank 0 and "
+            f"PlanError plan: expected the same model and options on every rank, found {answers[0][3:]} on rank 0 and "
             f"{answers[others[0]][3:]} on rank {others[0]} (ranks {others} differ); build the model and call "
             "torch.compile alike on every rank"
         )

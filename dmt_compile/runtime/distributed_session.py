@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
@@ -33,6 +34,8 @@ from dmt_compile.runtime.world import ProcessWorld
 from dmt_compile.topology import Topology
 
 CHECKSUM_EVERY = 64  # steps; a replica that drifts is reported by then
+COMPILING_CALLS = 2  # of a program; its first backward pass still compiles
+COMPILE_SKEW = 10  # how much longer than this one another rank may compile, with its caches cold
 _LOCAL_OPTIONS = ("dump_dir",)  # may differ between ranks
 
 
@@ -81,6 +84,7 @@ class DistributedSession:
         self.options = Options()
         self.topology = Topology(1, dist.get_world_size())
         self._failure: DmtError | None = None
+        self._started = time.monotonic()
         try:
             self.options = Options.from_mapping(options)
             self.topology = self.options.resolve_topology(dist.get_world_size())
@@ -108,7 +112,7 @@ class DistributedSession:
         plan = self._agree(capture, specs)
         if state is None:
             groups = tower_groups(plan)
-            world = ProcessWorld(self.topology, groups, self.options.timeout_s, self.options.first_timeout_s)
+            world = ProcessWorld(self.topology, groups, self.options.first_timeout_s)
             state = ModelState(plan, world)
         else:
             state.plan = _merge(state.plan, plan)
@@ -123,7 +127,7 @@ class DistributedSession:
             options = {k: v for k, v in asdict(self.options).items() if k not in (*_LOCAL_OPTIONS, "plan")}
             given = self.options.resolve_plan()
             options["plan"] = None if given is None else given.fingerprint
-            return signature(specs, describe_options(options))
+            return signature(specs, describe_options(options), _shapes(capture.outer))
 
         return agree(
             lambda: plan_for(self.options, self.topology, specs, capture.other_tables(specs)),
@@ -169,12 +173,26 @@ class DistributedSession:
             state.synchronized.update(averaged)
             _hook_others(capture.outer, state)
         outside = _buffers_outside(capture) if ctx.training and ctx.embedding_graph.tables else []
-        return Program(capture.gm, report, state.world, state.checksum, outside)
+        limit_s = self._limit(first=state.steps == 0)
+        return Program(capture.gm, report, state.world, state.checksum, outside, limit_s)
+
+    def _limit(self, first: bool) -> Callable[[int], float]:
+        """Return how long a program waits in its n-th call: longer while ranks compile, each in its own time."""
+        options, compiling_s = self.options, time.monotonic() - self._started
+        compiled_s = min(options.first_timeout_s, max(options.timeout_s, COMPILE_SKEW * compiling_s))
+        early_s = options.first_timeout_s if first else compiled_s
+        return lambda call: early_s if call <= COMPILING_CALLS else options.timeout_s
 
     def dump(self) -> GraphDump | None:
         """Dump into a folder of this rank's own."""
         folder = self.options.dump_dir
         return None if folder is None else next_dump(f"{folder}/rank{dist.get_rank()}")
+
+
+def _shapes(model: nn.Module | None) -> list[tuple[str, tuple[int, ...], str]]:
+    """Return name, shape and element type of all parameters and buffers."""
+    tensors = [] if model is None else [*model.named_parameters(), *model.named_buffers()]
+    return [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
 
 
 def _reads_whole_tables(capture: Capture) -> bool:

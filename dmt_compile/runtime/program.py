@@ -13,8 +13,6 @@ from torch import fx
 from dmt_compile.pipeline import PipelineReport
 from dmt_compile.runtime.world import Execution, ProcessWorld, executing
 
-_WARM_AFTER = 2  # calls; the first backward pass still compiles
-
 
 class Program:
     """Runs a lowered graph on this rank; one process where ``world`` is ``None``.
@@ -25,6 +23,7 @@ class Program:
         world: the ranks, or ``None``.
         checksum: a number that must be equal on every rank at this step, or 0.
         buffers: buffers that the graph does not hold; overwritten with rank 0's before each call.
+        limit_s: call number, from 1 -> seconds to wait for the other ranks in that call.
     """
 
     def __init__(
@@ -34,11 +33,13 @@ class Program:
         world: ProcessWorld | None,
         checksum: Callable[[], int] = lambda: 0,
         buffers: Sequence[torch.Tensor] = (),
+        limit_s: Callable[[int], float] = lambda call: 60.0,
     ) -> None:
         self.gm = gm
         self.report = report
         self.world = world
         self.buffers = buffers
+        self.limit_s = limit_s
         self._execution = None if world is None else Execution(world, fingerprint(gm), checksum)
         self._calls = 0
 
@@ -46,7 +47,7 @@ class Program:
         if self._execution is None or self.world is None:
             return self.gm(*args)
         self._calls += 1
-        self.world.warm = self._calls > _WARM_AFTER
+        self.world.limit_s = self.limit_s(self._calls)
         for buffer in self.buffers:
             self.world.broadcast(buffer.data, "buffers outside the graph")
         with executing(self._execution):
@@ -63,11 +64,19 @@ def fingerprint(gm: fx.GraphModule) -> int:
         if node.op == "call_function":
             target = getattr(node.target, "__name__", type(node.target).__name__)
         text = _text((node.args, dict(node.kwargs)), numbers)
-        digest.update(f"{index} {node.op} {target} {text}\n".encode())
+        shape = _static_shape(node.meta.get("val")) if node.op == "placeholder" else ""
+        digest.update(f"{index} {node.op} {target} {text} {shape}\n".encode())
         if node.op == "call_module":
             region = gm.get_submodule(str(node.target))
             digest.update(str(fingerprint(operator.attrgetter("graph_module")(region))).encode())
     return int.from_bytes(digest.digest()[:8], "big") >> 2
+
+
+def _static_shape(value: Any) -> str:
+    """Return a tensor's type and shape, without the sizes that differ between steps."""
+    if not isinstance(value, torch.Tensor):
+        return ""
+    return f"{value.dtype} {[size if isinstance(size, int) else -1 for size in value.shape]}"
 
 
 def _text(value: Any, numbers: dict[fx.Node, int]) -> str:

@@ -81,24 +81,21 @@ class ProcessWorld:
     Args:
         topology: hosts x local ranks.
         grouped: tower groups x ranks in a group; equal to ``topology`` where a tower is one host.
-        timeout_s: seconds to wait for the other ranks in a collective.
-        first_timeout_s: the same until the first step is done, while ranks compile.
+        limit_s: seconds to wait for the other ranks in a collective; programs set it anew with each call.
 
     Creates process groups: a collective call, in the same order on every rank.
     """
 
-    def __init__(self, topology: Topology, grouped: Topology, timeout_s: float, first_timeout_s: float) -> None:
+    def __init__(self, topology: Topology, grouped: Topology, limit_s: float) -> None:
         self.topology = topology
         self.rank = dist.get_rank()
         self.ledger = Ledger()
         on_gpu = dist.get_backend() == "nccl"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        self.timeout_s = timeout_s
-        self.first_timeout_s = first_timeout_s
-        self.warm = False
+        self.limit_s = limit_s
         self._store = torch_internals.default_store()
         self._collectives = 0
-        timeout = timedelta(seconds=first_timeout_s)
+        timeout = timedelta(seconds=limit_s)
         self._groups: dict[str, dist.ProcessGroup] = {}
         whole = list(range(grouped.world_size))
         for name, members in (
@@ -155,7 +152,7 @@ class ProcessWorld:
         if dist.get_backend(self._groups[group]) == "nccl":
             work.wait()  # ordered on the stream; NCCL's own watchdog holds the deadline
         else:
-            work.wait(timedelta(seconds=self.timeout_s if self.warm else self.first_timeout_s))
+            work.wait(timedelta(seconds=self.limit_s))
 
     @contextmanager
     def _named(self, label: str, group: str) -> Any:

@@ -214,7 +214,8 @@ def first_call_missing(rank: int) -> str:
 def differing_models(rank: int, what: str) -> Any:
     """Rank 1 has another model, other options or another plan."""
     torch.manual_seed(0)
-    model = DLRM(rows=(50, 20, 7, 33, 12 if rank == 1 and what == "rows" else 11))
+    dense = 6 if rank == 1 and what == "dense" else 5
+    model = DLRM(rows=(50, 20, 7, 33, 12 if rank == 1 and what == "rows" else 11), dense=dense)
     options: dict[str, Any] = {}
     if what == "options" and rank == 1:
         options["partition"] = "strided"

@@ -55,8 +55,9 @@ def test_a_rank_missing_at_the_first_call_is_named() -> None:
 @pytest.mark.parametrize(
     ("what", "error", "text"),
     [
-        ("rows", "PlanError", "expected the same tables and options on every rank"),
-        ("options", "PlanError", "expected the same tables and options on every rank"),
+        ("rows", "PlanError", "expected the same model and options on every rank"),
+        ("dense", "PlanError", "expected the same model and options on every rank"),
+        ("options", "PlanError", "expected the same model and options on every rank"),
         ("topology", "ConfigError", "expected 6 ranks for topology 2x3, found 4"),
         ("plan of another model", "PlanError", "expected table emb.4 as (rows, dim, dtype) = (12, 8, 'float32')"),
         ("plan for another topology", "PlanError", "expected a plan for topology 2x2, found one for 4x1"),

@@ -158,18 +158,20 @@ def test_a_store_that_went_away_counts_as_a_missing_rank_zero(ranks: Ranks, monk
 
 def test_a_signature_holds_the_model_and_the_options_and_not_the_batch() -> None:
     options = describe_options({"towers": "host", "topology": Topology(2, 2)})
-    base = signature(TABLES, options)
+    shapes = [("top.weight", (1, 4), "torch.float32")]
+    base = signature(TABLES, options, shapes)
     assert base.startswith("2 tables, ")
-    assert signature((TableSpec("emb.0", 10, 4, pooling=3.5), TABLES[1]), options) == base
+    assert signature((TableSpec("emb.0", 10, 4, pooling=3.5), TABLES[1]), options, shapes) == base
     others = [
-        signature(TABLES[:1], options),
-        signature((TableSpec("emb.0", 11, 4), TABLES[1]), options),
-        signature((TableSpec("emb.0", 10, 5), TABLES[1]), options),
-        signature((TableSpec("emb.9", 10, 4), TABLES[1]), options),
-        signature((TableSpec("emb.0", 10, 4, dtype="bfloat16"), TABLES[1]), options),
-        signature((TableSpec("emb.0", 10, 4, features=2), TABLES[1]), options),
-        signature(TABLES[::-1], options),
-        signature(TABLES, describe_options({"towers": 2, "topology": Topology(2, 2)})),
+        signature(TABLES[:1], options, shapes),
+        signature((TableSpec("emb.0", 11, 4), TABLES[1]), options, shapes),
+        signature((TableSpec("emb.0", 10, 5), TABLES[1]), options, shapes),
+        signature((TableSpec("emb.9", 10, 4), TABLES[1]), options, shapes),
+        signature((TableSpec("emb.0", 10, 4, dtype="bfloat16"), TABLES[1]), options, shapes),
+        signature((TableSpec("emb.0", 10, 4, features=2), TABLES[1]), options, shapes),
+        signature(TABLES[::-1], options, shapes),
+        signature(TABLES, describe_options({"towers": 2, "topology": Topology(2, 2)}), shapes),
+        signature(TABLES, options, [("top.weight", (2, 4), "torch.float32")]),
     ]
     assert len({base, *others}) == len(others) + 1
     assert describe_options({"b": 1, "a": 2}) == describe_options({"a": 2, "b": 1})
