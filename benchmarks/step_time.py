@@ -1,5 +1,8 @@
 """Steady train step of one process: eager, inductor and dmt on the same model, in alternation in one run.
 
+``inductor`` is compiled for the one batch shape that it sees here; ``dynamic`` is inductor with dynamic shapes, which
+is what a ragged batch gets, and what dmt always compiles.
+
     python benchmarks/step_time.py --tables 26 --samples 2048
 
 Prints the median of each part of the step (forward, backward, optimizer) and the ratio of the whole step to eager's.
@@ -67,11 +70,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     flat = make_model(args.tables, rows=args.rows, sparse=args.sparse)
-    names = ["eager", "dmt"] if args.sparse else ["eager", "inductor", "dmt"]
+    names = ["eager", "dmt"] if args.sparse else ["eager", "inductor", "dynamic", "dmt"]
     models: dict[str, nn.Module] = {name: copy.deepcopy(flat) for name in names}
-    calls: dict[str, Callable[..., Any]] = {
-        name: model if name == "eager" else torch.compile(model, backend=name) for name, model in models.items()
+    makers: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
+        "eager": lambda model: model,
+        "inductor": torch.compile,
+        "dynamic": lambda model: torch.compile(model, dynamic=True),
+        "dmt": lambda model: torch.compile(model, backend="dmt"),
     }
+    calls = {name: makers[name](model) for name, model in models.items()}
     batch = make_batch(flat, args.samples, seed=1)
     if not args.sparse:
         check(models, calls, batch)

@@ -39,6 +39,9 @@ class SimulatedWorld:
         >>> outputs = world.run(model, [batch0, batch1, batch2, batch3])
         >>> sum(loss(o, y) for o, y in zip(outputs, labels)).backward()  # the program applies 1 / ranks
         >>> world.ledger.bytes_per_link()
+
+    Dense parameters that no compiled graph holds (code under ``torch._dynamo.disable``) get the sum of the ranks'
+    gradients here, not their mean: real ranks average those by hooks, which here would also change eager steps.
     """
 
     def __init__(self, topology: str | Topology) -> None:
