@@ -17,15 +17,23 @@ import torch._dynamo
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import Store
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, _constrain_range_for_size
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["FakeTensor", "FakeTensorMode", "ShapeEnv", "ShortenTraceback", "Store"]  # for others
+__all__ = [  # what others may import from here
+    "FakeTensor",
+    "FakeTensorMode",
+    "ShapeEnv",
+    "ShortenTraceback",
+    "Store",
+    "enable_python_dispatcher",
+]
 
 # ---------------------------------------------------------------------------------------------- Dynamo's graph inputs
 
@@ -217,7 +225,7 @@ def fresh_size(mode: FakeTensorMode) -> torch.SymInt:
     env = mode.shape_env
     assert env is not None
     size = env.create_unbacked_symint()
-    torch._check(size >= 0)
+    _constrain_range_for_size(size)  # at least 0; who asks whether it is 0 or 1, where that is harmless, hears no
     env.pending_fresh_unbacked_symbols.clear()  # the symbol is an input of ours, no operator's output has to bind it
     return size
 

@@ -67,7 +67,7 @@ class FakeEnvironment:
     def call(self, op: str, target: Any, args: Any, kwargs: Any, gm: fx.GraphModule) -> Any:
         """Return the value of calling a node's target on fake values."""
         operator = OPERATORS.get(target) if op == "call_function" else None
-        with self.mode:
+        with self.mode, torch_internals.enable_python_dispatcher():  # composite operators keep symbolic sizes then
             if operator is not None:
                 return operator.fake(self._sizes, *args, **kwargs)
             if op == "call_function":
