@@ -160,6 +160,25 @@ class TowerPlan:
             raise PlanError(f"plan: expected one shard for table {table}, found {len(shards)}")
         return shards[0].rank
 
+    def tower_groups(self) -> Topology:
+        """Return the topology in which the hosts of one tower act as one host.
+
+        Raises:
+            PlanError: towers span different numbers of hosts, or hosts that are no neighbours.
+        """
+        spans = {len(tower.hosts) for tower in self.towers}
+        aligned = all(
+            tower.hosts == tuple(range(tower.hosts[0], tower.hosts[0] + len(tower.hosts)))
+            and tower.hosts[0] % len(tower.hosts) == 0
+            for tower in self.towers
+        )
+        if len(spans) > 1 or not aligned:
+            raise PlanError(
+                "plan: expected towers over the same number of neighbouring hosts, found "
+                f"{[(tower.name, tower.hosts) for tower in self.towers]}; give every tower as many hosts"
+            )
+        return self.topology.grouped(spans.pop() if spans else 1)
+
     @property
     def fingerprint(self) -> int:
         """A 62-bit hash of the plan's content; ranks compare it."""

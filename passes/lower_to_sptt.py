@@ -29,28 +29,6 @@ from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, sort_graph
 from dmt_compile.ir.stages import Stage
-from dmt_compile.plan import TowerPlan
-from dmt_compile.topology import Topology
-
-
-def tower_groups(plan: TowerPlan) -> Topology:
-    """Return the topology whose hosts are the plan's tower groups.
-
-    Raises:
-        UnsupportedGraphError: towers span different numbers of hosts.
-    """
-    spans = {len(tower.hosts) for tower in plan.towers}
-    aligned = all(
-        tower.hosts == tuple(range(tower.hosts[0], tower.hosts[0] + len(tower.hosts)))
-        and tower.hosts[0] % len(tower.hosts) == 0
-        for tower in plan.towers
-    )
-    if len(spans) > 1 or not aligned:
-        raise UnsupportedGraphError(
-            f"lower_to_sptt: expected towers over the same number of neighbouring hosts, found "
-            f"{[(tower.name, tower.hosts) for tower in plan.towers]}"
-        )
-    return plan.topology.grouped(spans.pop() if spans else 1)
 
 
 @dataclass(frozen=True)
@@ -76,7 +54,7 @@ class LowerToSptt(Pass):
             raise UnsupportedGraphError(
                 f"{self.name}: expected tables of one element type, found {sorted(map(str, dtypes))}; convert them"
             )
-        groups = tower_groups(ctx.plan)
+        groups = ctx.plan.tower_groups()
         owners = tuple(ctx.plan.owner(feature.table) for feature in features)
         widths = tuple(int(lookup.meta["val"].shape[1]) for lookup in lookups)
         dtype = str(dtypes.pop()).removeprefix("torch.")

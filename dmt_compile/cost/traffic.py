@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dmt_compile.passes.lower_to_sptt import tower_groups
 from dmt_compile.plan import TowerPlan
 from dmt_compile.topology import Topology
 
@@ -90,7 +89,7 @@ def embedding_traffic(
 
     Source: "Cost analysis" in section 3 of the DMT paper, without its assumption of even tables.
     """
-    topology, groups = plan.topology, tower_groups(plan)
+    topology, groups = plan.topology, plan.tower_groups()
     ranks = np.arange(topology.world_size)
     batch_R = np.asarray(batch_sizes, dtype=np.int64)
     width_S = np.zeros(topology.world_size, dtype=np.int64)  # bytes per sample
@@ -130,7 +129,7 @@ def message_counts(plan: TowerPlan) -> dict[str, dict[str, int]]:
 
     Source: "Cost analysis" in section 3 of the DMT paper: ranks - 1 against (local ranks - 1) + (hosts - 1).
     """
-    topology, groups = plan.topology, tower_groups(plan)
+    topology, groups = plan.topology, plan.tower_groups()
     intra = topology.local_ranks - 1
     return {
         "flat": {"intra": intra, "cross": topology.world_size - topology.local_ranks},

@@ -5,6 +5,7 @@ A pass never verifies, times, logs graphs or reads the environment: the driver i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -91,7 +92,7 @@ class PassContext:
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(ABC):
     """Base of all passes; fields of a subclass are its options."""
 
     name: ClassVar[str]
@@ -99,9 +100,9 @@ class Pass:
     needs: ClassVar[Stage]
     gives: ClassVar[Stage]
 
+    @abstractmethod
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassReport:
         """Rewrite ``gm`` in place."""
-        raise NotImplementedError
 
 
 def calls(gm: fx.GraphModule, *targets: Callable[..., Any]) -> list[fx.Node]:

@@ -23,7 +23,6 @@ from dmt_compile.errors import DmtError, UnsupportedGraphError
 from dmt_compile.inspection.dumps import GraphDump
 from dmt_compile.ir.pass_base import calls
 from dmt_compile.ir.stages import Stage
-from dmt_compile.passes.lower_to_sptt import tower_groups
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.agreement import agree, describe_options, signature
 from dmt_compile.runtime.program import Program
@@ -111,7 +110,7 @@ class DistributedSession:
             return False
         plan = self._agree(capture, specs)
         if state is None:
-            groups = tower_groups(plan)
+            groups = plan.tower_groups()
             world = ProcessWorld(self.topology, groups, self.options.first_timeout_s)
             state = ModelState(plan, world)
         else:

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_compile.errors import UnsupportedGraphError
+from dmt_compile.errors import PlanError, UnsupportedGraphError
 from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
-from dmt_compile.passes.lower_to_sptt import tower_groups
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.topology import Topology
 from tests.passes._harness import Lookups, bags, capture, dense, dlrm
@@ -113,16 +112,16 @@ def plan_on(topology: Topology, hosts: list[tuple[int, ...]]) -> TowerPlan:
 @pytest.mark.parametrize("hosts", [[(0, 1), (2,)], [(0, 2), (1, 3)], [(1, 2), (0, 3)]])
 def test_towers_over_unequal_or_scattered_hosts_are_refused(hosts: list[tuple[int, ...]]) -> None:
     with pytest.raises(
-        UnsupportedGraphError,
-        match=r"lower_to_sptt: expected towers over the same number of neighbouring hosts, found \[\('tower0', ",
+        PlanError,
+        match=r"plan: expected towers over the same number of neighbouring hosts, found \[\('tower0', ",
     ):
-        tower_groups(plan_on(Topology(4, 2), hosts))
+        plan_on(Topology(4, 2), hosts).tower_groups()
 
 
 def test_tower_groups() -> None:
-    assert str(tower_groups(plan_on(Topology(4, 2), [(0, 1), (2, 3)]))) == "2x4"
-    assert str(tower_groups(plan_on(Topology(4, 2), [(0,), (3,)]))) == "4x2"
-    assert str(tower_groups(replace(plan_on(Topology(4, 2), []), tables=()))) == "4x2"
+    assert str(plan_on(Topology(4, 2), [(0, 1), (2, 3)]).tower_groups()) == "2x4"
+    assert str(plan_on(Topology(4, 2), [(0,), (3,)]).tower_groups()) == "4x2"
+    assert str(replace(plan_on(Topology(4, 2), []), tables=()).tower_groups()) == "4x2"
 
 
 def test_the_refusal_reaches_the_pass() -> None:
@@ -132,7 +131,7 @@ def test_the_refusal_reaches_the_pass() -> None:
     assert plan is not None
     wide = replace(plan.towers[0], hosts=(0, 1))
     graph.ctx.plan = replace(plan, towers=(wide, *plan.towers[1:]))
-    with pytest.raises(UnsupportedGraphError, match="the same number of neighbouring hosts"):
+    with pytest.raises(PlanError, match="the same number of neighbouring hosts"):
         graph.advance("lower_to_sptt")
 
 
