@@ -51,17 +51,16 @@ def compile_graph(gm: fx.GraphModule, options: Options, session: Session) -> Cal
     """
     capture = read_capture(gm)
     unmarked = {
-        name: dims
+        name: missing
         for name, dims in dynamic_dims(gm, capture).items()
-        if not torch_internals.is_marked(capture.inputs[name])
+        if (missing := set(dims) - set(torch_internals.marked_dims(capture.inputs[name])))
     }
     changed = session.prepare(capture, lambda until: run_passes(copy_graph(gm), capture, options, session, until))
     if unmarked or changed:
         for name, dims in unmarked.items():
-            torch_internals.mark_dynamic_dims(capture.inputs[name], dims)
+            torch_internals.mark_dynamic_dims(capture.inputs[name], sorted(dims))
         torch_internals.restart_analysis("dmt: sizes of the batch are dynamic, tables are sharded")
-    for tensor in capture.inputs.values():
-        torch_internals.unmark_dynamic_dims(tensor)
+    torch_internals.take_back_marks()
     fakes = {node.name: node.meta["example_value"] for node in placeholders(gm)}
     program = session.program(capture, lambda until: run_passes(gm, capture, options, session, until))
     torch_internals.forget_equal_sizes([fakes[name] for name in capture.checked])
@@ -69,10 +68,8 @@ def compile_graph(gm: fx.GraphModule, options: Options, session: Session) -> Cal
 
 
 def _early_dims(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return what is dynamic for sure: ids and offsets of one feature, and the samples of float inputs."""
-    if tensor.ndim == 0 or tensor.dtype == torch.bool:
-        return ()
-    return (0,) if tensor.ndim == 1 or tensor.is_floating_point() else ()
+    """Return what is most likely dynamic: ids and offsets of one feature, and samples; :func:`dynamic_dims` knows."""
+    return (0,) if tensor.ndim else ()
 
 
 def _is_ours(backend: Any) -> bool:

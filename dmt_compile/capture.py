@@ -103,23 +103,52 @@ def _names(root: nn.Module) -> dict[int, str]:
     return names
 
 
+# What treats all columns of a matrix alike and keeps them, and what they end in.
+_KEEP_COLUMNS = {
+    *("add", "and_", "bool", "clone", "contiguous", "detach", "double", "eq", "float", "ge", "gt", "half", "iadd", "imul"),
+    *("int", "invert", "le", "logical_not", "long", "lt", "masked_fill", "mul", "ne", "neg", "or_", "sub", "to", "truediv"),
+    *("type", "type_as", "unsqueeze", "where"),
+}
+_END_COLUMNS = {"bmm", "einsum", "embedding", "embedding_bag", "matmul", "max", "mean", "size", "softmax", "sum"}
+
+
 def dynamic_dims(gm: fx.GraphModule, capture: Capture) -> dict[str, tuple[int, ...]]:
     """Return which dimensions of the batch's tensors change from call to call.
 
     Dimension 0 (samples, or ids of all bags), except for a tensor that the model takes apart along dimension 0, such as
-    offsets of shape (tables, samples): there it is dimension 1.
+    offsets of shape (tables, samples): there it is dimension 1. Of a (samples, length) tensor both, where the model
+    treats all positions alike; a matrix of one column a field is taken apart, or meets something of a fixed length.
     """
     dims: dict[str, tuple[int, ...]] = {}
     for node in placeholders(gm):
         tensor = capture.inputs.get(node.name)
         if isinstance(tensor, torch.Tensor) and tensor.ndim:
             taken_apart = tensor.ndim > 1 and bool(node.users) and all(_takes_apart(user) for user in node.users)
-            dims[node.name] = (1,) if taken_apart else (0,)
+            dims[node.name] = (1,) if taken_apart else (0, 1) if tensor.ndim == 2 and _any_length(node) else (0,)
     return dims
 
 
+def _any_length(node: fx.Node) -> bool:
+    """Tell whether what becomes of a matrix, up to a lookup or a sum, goes for any number of columns.
+
+    A wrong yes costs a second trace: what needs a fixed length then puts a guard on it. A wrong no costs a graph for
+    each of the first two lengths.
+    """
+    onward = [user for user in node.users if _name(user) not in _END_COLUMNS and not _is_mixed(user)]
+    return bool(node.users) and all(_name(user) in _KEEP_COLUMNS and _any_length(user) for user in onward)
+
+
+def _is_mixed(node: fx.Node) -> bool:
+    """Tell whether a node mixes columns with embeddings: from there on length is the model's own business."""
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.requires_grad and _name(node) in _KEEP_COLUMNS
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def _takes_apart(user: fx.Node) -> bool:
-    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-    if name == "getitem":
+    if _name(user) == "getitem":
         return isinstance(user.args[1], int)
-    return name == "unbind" or (name == "select" and user.args[1:2] == (0,))
+    return _name(user) == "unbind" or (_name(user) == "select" and user.args[1:2] == (0,))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import Store
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.decorators import mark_unbacked
+from torch._dynamo.decorators import mark_unbacked, maybe_mark_dynamic
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, tracing
@@ -102,45 +102,64 @@ def calling_modules() -> list[nn.Module]:
 
 
 _marked: list[weakref.ref[torch.Tensor]] = []
+_oblivious: list[Any] = []  # the setting while Dynamo analyses a frame of ours
 
 
 def mark_dynamic_dims(tensor: torch.Tensor, dims: Sequence[int]) -> None:
-    """Ask Dynamo's next analysis to give each of ``dims`` a size without guards, 0 and 1 included.
+    """Ask Dynamo's next analysis to give each of ``dims`` a symbolic size, 0 and 1 included.
 
-    The marks go with the compilation, however it ends.
+    A size that the model's own code branches on, or that an operator needs fixed, gets a guard; nothing else guards on
+    it, since size-oblivious reasoning keeps 0 and 1 from being cases of their own. A size that is 0 now gets no guard
+    at all: what an empty tensor lets be inferred would hold for no other batch. Marks and reasoning go with the
+    compilation, however it ends.
     """
+    if not _oblivious:
+        patched = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+        patched.__enter__()
+        _oblivious.append(patched)
     before = set(tensor.__dict__)
     for dim in dims:
-        mark_unbacked(tensor, dim)
-    earlier = getattr(tensor, "_dmt_marks", ())
-    tensor._dmt_marks = (*earlier, *(set(tensor.__dict__) - before))  # type: ignore[attr-defined]
+        (maybe_mark_dynamic if tensor.shape[dim] else mark_unbacked)(tensor, dim)
+    marks, marked_dims = getattr(tensor, "_dmt_marks", ((), ()))
+    tensor._dmt_marks = (*marks, *(set(tensor.__dict__) - before)), (*marked_dims, *dims)  # type: ignore[attr-defined]
     _marked.append(weakref.ref(tensor))
 
 
-def unmark_dynamic_dims(tensor: torch.Tensor) -> None:
-    """Take back :func:`mark_dynamic_dims`, so that other compilers see the user's tensor as it was."""
-    for name in tensor.__dict__.pop("_dmt_marks", ()):
-        tensor.__dict__.pop(name, None)
+def take_back_marks() -> None:
+    """Undo :func:`mark_dynamic_dims` on all tensors, so that other compilers see them as they were."""
+    while _oblivious:
+        _oblivious.pop().__exit__(None, None, None)
+    while _marked:
+        tensor = _marked.pop()()
+        if tensor is not None:
+            for name in tensor.__dict__.pop("_dmt_marks", ((), ()))[0]:
+                tensor.__dict__.pop(name, None)
 
 
-def is_marked(tensor: torch.Tensor) -> bool:
-    """Tell whether :func:`mark_dynamic_dims` was applied and not taken back."""
-    return hasattr(tensor, "_dmt_marks")
+def marked_dims(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return the dimensions that :func:`mark_dynamic_dims` marked."""
+    dims: tuple[int, ...] = getattr(tensor, "_dmt_marks", ((), ()))[1]
+    return dims
 
 
 def forget_equal_sizes(tensors: Sequence[torch.Tensor]) -> None:
     """Drop what Dynamo concluded about dimension 0 of these fake inputs: that it equals another input's.
 
-    Dynamo would guard on it, trace anew for a batch that breaks it, and then report a bug of its own. Call it once the
-    program checks the sizes itself and all metadata has been read.
+    Dynamo would guard on it, trace anew for a batch that breaks it, and then fail inside an operator on that rank
+    alone. Call it once the program checks the sizes itself and all metadata has been read.
     """
-    for tensor in tensors:
-        size = tensor.shape[0]
-        if isinstance(size, torch.SymInt):
-            env = size.node.shape_env
-            env.replacements.pop(size.node._expr, None)
-            env._update_version_counter()
-            env._replacements_version_counter = getattr(env, "_replacements_version_counter", 0) + 1
+    sizes = [tensor.shape[0].node for tensor in tensors if isinstance(tensor.shape[0], torch.SymInt)]
+    symbols = {size._expr for size in sizes}
+    for size in sizes:
+        env = size.shape_env
+        env.replacements.pop(size._expr, None)
+        env.guards = [guard for guard in env.guards if not _equates(guard.expr, symbols)]
+        env._update_version_counter()
+        env._replacements_version_counter = getattr(env, "_replacements_version_counter", 0) + 1
+
+
+def _equates(expression: Any, symbols: set[Any]) -> bool:
+    return type(expression).__name__ == "Equality" and set(expression.args) <= symbols
 
 
 def mark_before_tracing(is_ours: Callable[[Any], bool], dims_of: Callable[[torch.Tensor], Sequence[int]]) -> None:
@@ -162,16 +181,13 @@ def mark_before_tracing(is_ours: Callable[[Any], bool], dims_of: Callable[[torch
         if frame is None or not is_ours(_innermost_backend(frame.f_locals["compiler_fn"])):
             return
         for leaf in tree_leaves(dict(frame.f_locals["locals"])):
-            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter) and not is_marked(leaf):
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter) and not marked_dims(leaf):
                 dims = dims_of(leaf)
                 if dims:
                     mark_dynamic_dims(leaf, dims)
 
     def end(_: Any) -> None:
-        while _marked:
-            tensor = _marked.pop()()
-            if tensor is not None:
-                unmark_dynamic_dims(tensor)
+        take_back_marks()
 
     handler = torch._dynamo.callback.callback_handler
     handler.start_callbacks = _LastingCallbacks(handler.start_callbacks, start)
@@ -221,11 +237,14 @@ def attribute(module: nn.Module, path: str) -> Any:
 
 
 def fresh_size(mode: FakeTensorMode) -> torch.SymInt:
-    """Return a new symbolic size, at least 0, that nothing guards on."""
+    """Return a new symbolic size that nothing guards on.
+
+    Who asks whether it is 0 or 1 hears no: batch norm does, and what it asks for makes no other code for 0 and 1.
+    """
     env = mode.shape_env
     assert env is not None
     size = env.create_unbacked_symint()
-    _constrain_range_for_size(size)  # at least 0; who asks whether it is 0 or 1, where that is harmless, hears no
+    _constrain_range_for_size(size, min=2)
     env.pending_fresh_unbacked_symbols.clear()  # the symbol is an input of ours, no operator's output has to bind it
     return size
 
