@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types wheel-check clean
+.PHONY: help demo test equivalence lint types wheel-check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -19,6 +19,9 @@ demo: $(VENV)/.demo-installed  ## Run the demo; ARGS are passed on to it
 
 test: $(VENV)/.dev-installed  ## Run the tests; ARGS are passed on to pytest
 	@$(BIN)/python -m pytest $(ARGS)
+
+equivalence: $(VENV)/.dev-installed  ## Compare 5,000 random cases with the flat model; ARGS="--cases 500 --seed 1"
+	@$(BIN)/python -m tests.equivalence.run $(ARGS)
 
 lint: $(VENV)/.dev-installed  ## Check style and formatting
 	@$(BIN)/ruff check
@@ -51,4 +54,5 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(VENV)/.created
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "Installing dmt_compile with all development packages into $(VENV) (about a minute the first time) ..."
 	@$(PIP) install -c constraints.txt -e '.[demo,test,dev]'
+	@$(PIP) install --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0
 	@touch $(VENV)/.demo-installed $@

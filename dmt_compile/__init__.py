@@ -5,6 +5,7 @@ simulated clusters and gathers state.
 """
 
 from dmt_compile.api import Explanation, explain, plan
+from dmt_compile.certification import certify
 from dmt_compile.errors import (
     BatchError,
     CheckpointError,
@@ -15,6 +16,7 @@ from dmt_compile.errors import (
     UnsupportedGraphError,
     VerifyError,
 )
+from dmt_compile.inspection.certificate import Certificate, Quantity
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.runtime.clipping import clip_grad_norm_
 from dmt_compile.runtime.simulated_world import SimulatedWorld
@@ -25,12 +27,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchError",
+    "Certificate",
     "CheckpointError",
     "CollectiveError",
     "ConfigError",
     "DmtError",
     "Explanation",
     "PlanError",
+    "Quantity",
     "Shard",
     "SimulatedWorld",
     "TableSpec",
@@ -39,6 +43,7 @@ __all__ = [
     "TowerPlan",
     "UnsupportedGraphError",
     "VerifyError",
+    "certify",
     "clip_grad_norm_",
     "explain",
     "full_state_dict",

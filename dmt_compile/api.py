@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,8 +48,7 @@ def plan(
     Raises:
         ConfigError, PlanError: a bad option, or an impossible plan.
     """
-    graph = _capture(model, batch, topology, kwargs, options, Stage.TOWERED)
-    return graph.plan
+    return _capture(model, batch, topology, kwargs, options, Stage.TOWERED).plan
 
 
 @dataclass(frozen=True)
@@ -80,40 +81,39 @@ def explain(
     **options: Any,
 ) -> Explanation:
     """Return, printable, what the compiler would do with a model; arguments as for :func:`plan`."""
-    graph = _capture(model, batch, topology, kwargs, options, Stage.LOWERED)
-    ctx, report = graph.ctx, graph.report
+    captured = _capture(model, batch, topology, kwargs, options, Stage.LOWERED)
     wanted = Options.from_mapping(options).dense_compiler
     records = tuple(
         replace(record, effect=Effect.REORDERED)
         if record.name == "compile_dense_regions" and wanted != "eager"
         else record
-        for record in report.records
+        for record in captured.report.records
     )
+    graphs = [ctx.embedding_graph for ctx in captured.contexts]
     return Explanation(
-        plan=graph.plan,
-        tables=tuple(ctx.embedding_graph.tables),
-        interaction=ctx.embedding_graph.interaction,
-        unmatched=tuple(ctx.embedding_graph.unmatched),
+        plan=captured.plan,
+        tables=tuple(table for graph in graphs for table in graph.tables),
+        interaction=next((graph.interaction for graph in graphs if graph.interaction is not None), None),
+        unmatched=tuple(item for graph in graphs for item in graph.unmatched),
         passes=records,
         effect=PipelineReport(records).effect,
-        batch_size=graph.batch_size,
-        bytes_per_link=bytes_per_link(graph.plan, graph.batch_size),
+        batch_size=captured.batch_size,
+        bytes_per_link=bytes_per_link(captured.plan, captured.batch_size),
     )
 
 
-@dataclass
-class _Captured(BaseException):
-    """Ends a capture at the first graph that holds tables; caught by :func:`_capture` alone."""
+@dataclass(frozen=True)
+class _Captured:
+    """What the passes found in a model's graphs."""
 
-    ctx: PassContext
+    contexts: list[PassContext]
     report: PipelineReport
-    topology: Topology
+    plan: TowerPlan
     batch_size: int
 
-    @property
-    def plan(self) -> TowerPlan:
-        """The plan; of no table where none was found."""
-        return self.ctx.plan if self.ctx.plan is not None else plan_for(self.ctx.options, self.topology, ())
+
+class _Enough(BaseException):
+    """Ends a capture when the model has no further graph; caught by :func:`_capture` alone."""
 
 
 def _capture(
@@ -130,15 +130,14 @@ def _capture(
     positional = batch if isinstance(batch, tuple) else (batch,)
     if any(parameter.is_meta for parameter in bare.parameters()):
         positional, kwargs = tree_map(_to_meta, (positional, dict(kwargs or {})))
+    buffers = [(buffer, buffer.clone()) for buffer in bare.buffers()]
     try:
-        with torch_internals.unlimited_recompiles():
+        with torch_internals.unlimited_recompiles(), contextlib.suppress(_Enough):
             torch.compile(bare, backend=session.backend)(*positional, **(kwargs or {}))
-    except _Captured as captured:
-        return captured
-    if session.last is None:
-        ctx = PassContext(parsed, session.topology, {}, {}, {}, session.choose_plan, True)
-        return _Captured(ctx, PipelineReport(()), session.topology, 0)
-    return session.last
+    finally:
+        for buffer, before in buffers if session.ran else ():
+            buffer.data.copy_(before)
+    return session.result()
 
 
 def _to_meta(value: Any) -> Any:
@@ -146,14 +145,16 @@ def _to_meta(value: Any) -> Any:
 
 
 class _CaptureSession:
-    """Runs the passes on each graph until one holds tables, and no program."""
+    """Runs the passes on each of a model's graphs, and no program."""
 
     def __init__(self, options: Options, until: Stage) -> None:
         self.options = options
         self.until = until
         ranks = world_size() if options.topology == "auto" else 0
         self.topology = options.resolve_topology(ranks) if ranks else _stated(options.topology)
-        self.last: _Captured | None = None
+        self.ran = False
+        self._contexts: list[PassContext] = []
+        self._reports: list[PipelineReport] = []
 
     def backend(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Capture a graph."""
@@ -169,13 +170,25 @@ class _CaptureSession:
         return plan_for(self.options, self.topology, tables, elsewhere)
 
     def program(self, capture: Capture, run: Passes) -> Callable[..., Any]:
-        """Stop at a graph with tables; let the model run on in eager mode otherwise."""
+        """Stop where no graph can follow; let the model run on in eager mode otherwise."""
         flat = copy_graph(capture.gm)
         ctx, report = run(self.until)
-        self.last = _Captured(ctx, report, self.topology, ctx.embedding_graph.batch_size)
-        if ctx.embedding_graph.tables:
-            raise self.last
+        self._contexts.append(ctx)
+        self._reports.append(report)
+        self.ran = self.ran or torch_internals.ends_in_graph_break()
+        if not self.ran:
+            raise _Enough
         return flat
+
+    def result(self) -> _Captured:
+        """Return what was found in all graphs together."""
+        plans = [ctx.plan for ctx in self._contexts if ctx.plan is not None] or [self.choose_plan(())]
+        return _Captured(
+            contexts=self._contexts,
+            report=PipelineReport.merge(self._reports),
+            plan=functools.reduce(TowerPlan.merge, plans),
+            batch_size=max((ctx.embedding_graph.batch_size for ctx in self._contexts), default=0),
+        )
 
     def dump(self) -> GraphDump | None:
         """Dump into the user's folder."""

@@ -57,13 +57,14 @@ def compile_graph(gm: fx.GraphModule, options: Options, session: Session) -> Cal
     }
     changed = session.prepare(capture, lambda until: run_passes(copy_graph(gm), capture, options, session, until))
     if unmarked or changed:
+        empty = not any(tensor.numel() for tensor in capture.inputs.values())
         for name, dims in unmarked.items():
-            torch_internals.mark_dynamic_dims(capture.inputs[name], sorted(dims))
+            torch_internals.mark_dynamic_dims(capture.inputs[name], sorted(dims), empty)
         torch_internals.restart_analysis("dmt: sizes of the batch are dynamic, tables are sharded")
     torch_internals.take_back_marks()
     fakes = {node.name: node.meta["example_value"] for node in placeholders(gm)}
     program = session.program(capture, lambda until: run_passes(gm, capture, options, session, until))
-    torch_internals.forget_equal_sizes([fakes[name] for name in capture.checked])
+    torch_internals.drop_needless_guards([[fakes[name] for name in names] for names in capture.checked])
     return program
 
 

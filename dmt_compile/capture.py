@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dmt_compile import torch_internals
 from dmt_compile.errors import ConfigError
-from dmt_compile.ir.pass_base import placeholders
-from dmt_compile.plan import TableSpec
+from dmt_compile.ir.pass_base import dependents, name_of, placeholders
+from dmt_compile.plan import TableSpec, parameter_of
 
 
 @dataclass
@@ -36,11 +36,11 @@ class Capture:
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     flat_names: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
-    checked: list[str] = field(default_factory=list)
+    checked: list[list[str]] = field(default_factory=list)
 
     def other_tables(self, tables: Sequence[TableSpec]) -> list[TableSpec]:
         """Return the model's matrices that are not among ``tables``, as tables a plan may name."""
-        found = {table.name for table in tables}
+        found = {parameter_of(table.name)[0] for table in tables}
         named = [] if self.root is None else self.root.named_parameters()
         return [
             TableSpec(short, p.shape[0], p.shape[1], str(p.dtype).removeprefix("torch."))
@@ -103,13 +103,13 @@ def _names(root: nn.Module) -> dict[int, str]:
     return names
 
 
-# What treats all columns of a matrix alike and keeps them, and what they end in.
-_KEEP_COLUMNS = {
-    *("add", "and_", "bool", "clone", "contiguous", "detach", "double", "eq", "float", "ge", "gt", "half", "iadd", "imul"),
-    *("int", "invert", "le", "logical_not", "long", "lt", "masked_fill", "mul", "ne", "neg", "or_", "sub", "to", "truediv"),
-    *("type", "type_as", "unsqueeze", "where"),
+_LOOKUPS = ("embedding", "embedding_bag")
+# What a mask ends in, whatever its number of columns.
+_END_COLUMNS = {"any", "all", "max", "mean", "size", "softmax", "sum", "sym_size"}
+_LAY_OUT = {
+    *("view", "reshape", "flatten", "unflatten", "squeeze", "getitem", "select", "split", "chunk", "unbind"),
+    *("cat", "concat", "stack", "hstack"),
 }
-_END_COLUMNS = {"bmm", "einsum", "embedding", "embedding_bag", "matmul", "max", "mean", "size", "softmax", "sum"}
 
 
 def dynamic_dims(gm: fx.GraphModule, capture: Capture) -> dict[str, tuple[int, ...]]:
@@ -120,35 +120,65 @@ def dynamic_dims(gm: fx.GraphModule, capture: Capture) -> dict[str, tuple[int, .
     treats all positions alike; a matrix of one column a field is taken apart, or meets something of a fixed length.
     """
     dims: dict[str, tuple[int, ...]] = {}
+    mixed: set[fx.Node] = set()  # lookups and all that follows from them: its length is the model's own business
+    for node in gm.graph.nodes:
+        if name_of(node) in _LOOKUPS or any(source in mixed for source in node.all_input_nodes):
+            mixed.add(node)
     for node in placeholders(gm):
         tensor = capture.inputs.get(node.name)
         if isinstance(tensor, torch.Tensor) and tensor.ndim:
             taken_apart = tensor.ndim > 1 and bool(node.users) and all(_takes_apart(user) for user in node.users)
-            dims[node.name] = (1,) if taken_apart else (0, 1) if tensor.ndim == 2 and _any_length(node) else (0,)
+            sequence = tensor.ndim == 2 and _any_length(node, mixed)
+            if sequence and tensor.shape[1] == 1:  # it may as well be a column that the model squeezes
+                sequence = not any(_asks_for_one(n) for n in dependents([node]) if name_of(n) == "embedding")
+            dims[node.name] = (1,) if taken_apart else (0, 1) if sequence else (0,)
     return dims
 
 
-def _any_length(node: fx.Node) -> bool:
+def _any_length(node: fx.Node, mixed: set[fx.Node]) -> bool:
     """Tell whether what becomes of a matrix, up to a lookup or a sum, goes for any number of columns.
 
     A wrong yes costs a second trace: what needs a fixed length then puts a guard on it. A wrong no costs a graph for
     each of the first two lengths.
     """
-    onward = [user for user in node.users if _name(user) not in _END_COLUMNS and not _is_mixed(user)]
-    return bool(node.users) and all(_name(user) in _KEEP_COLUMNS and _any_length(user) for user in onward)
+    onward = [user for user in node.users if user not in mixed and name_of(user) not in _END_COLUMNS]
+    return all(_keeps_columns(user, node) and _any_length(user, mixed) for user in onward)
 
 
-def _is_mixed(node: fx.Node) -> bool:
-    """Tell whether a node mixes columns with embeddings: from there on length is the model's own business."""
+def _asks_for_one(lookup: fx.Node) -> bool:
+    """Tell whether rows of one position a sample are laid out anew before something sums over positions."""
+    stack, seen = [lookup], {lookup}
+    while stack:
+        for user in stack.pop().users:
+            given = [arg for arg in (*user.args[1:], *user.kwargs.values()) if isinstance(arg, int)]
+            dims = [dim % 3 for dim in given] or [1]
+            of_width = name_of(user) in ("squeeze", "cat", "concat") and 1 not in dims
+            if name_of(user) in _LAY_OUT and not of_width:
+                return True
+            if name_of(user) not in {*_END_COLUMNS, "bmm", "matmul"} and user not in seen and user.op != "output":
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _keeps_columns(user: fx.Node, node: fx.Node) -> bool:
+    """Tell whether a node has a value for each element of a matrix, and no operand with a value for each column."""
+    shape, given = _shape(user), _shape(node)
+    others = [
+        n
+        for n in user.all_input_nodes
+        if n is not node and (n.op == "get_attr" or _shape(n)[-1:] == given[-1:] != (1,))
+    ]
+    return (shape == given or name_of(user) == "unsqueeze") and all(len(_shape(n)) == len(given) for n in others)
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
     value = node.meta.get("example_value")
-    return isinstance(value, torch.Tensor) and value.requires_grad and _name(node) in _KEEP_COLUMNS
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    # expressions: comparing sizes themselves would put guards on them
+    return tuple(map(torch_internals.canonical_expression, value.shape)) if isinstance(value, torch.Tensor) else ()
 
 
 def _takes_apart(user: fx.Node) -> bool:
-    if _name(user) == "getitem":
+    if name_of(user) == "getitem":
         return isinstance(user.args[1], int)
-    return _name(user) == "unbind" or (_name(user) == "select" and user.args[1:2] == (0,))
+    return name_of(user) == "unbind" or (name_of(user) == "select" and user.args[1:2] == (0,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from dmt_compile.ir.pass_base import Pass, PassContext, PassReport
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.ir.verifier import verify
 from dmt_compile.passes.batch_lookups import BatchLookups
+from dmt_compile.passes.check_lookups import CheckLookups
 from dmt_compile.passes.compile_dense_regions import CompileDenseRegions
 from dmt_compile.passes.find_interaction import FindInteraction
 from dmt_compile.passes.find_tables import FindTables
@@ -22,6 +24,8 @@ from dmt_compile.passes.lower_to_sptt import LowerToSptt
 from dmt_compile.passes.normalize_graph import NormalizeGraph
 from dmt_compile.passes.partition_towers import PartitionTowers
 from dmt_compile.passes.place_tables import PlaceTables
+from dmt_compile.passes.pool_sequences import PoolSequences
+from dmt_compile.passes.split_field_tables import SplitFieldTables
 from dmt_compile.passes.sync_dense_gradients import SyncDenseGradients
 
 logger = logging.getLogger(__name__)
@@ -31,7 +35,10 @@ def passes_in_order(options: Options) -> tuple[Pass, ...]:
     """Return the one order of passes; a test asserts it."""
     return (
         NormalizeGraph(),  # before anything matches: one form for sizes and views
-        FindTables(),  # names what all later passes speak of
+        FindTables(),  # one form for all lookups
+        SplitFieldTables(),  # before sequences: a matrix of fields looks like one
+        PoolSequences(),  # before groups: a pooled sequence has one bag a sample
+        CheckLookups(),  # names what all later passes speak of
         FindInteraction(),  # needs the features
         PartitionTowers(),  # needs the tables, and the interaction once towers are chosen by affinity
         PlaceTables(),  # needs the towers
@@ -51,6 +58,14 @@ class PassRecord:
     seconds: float
     report: PassReport
 
+    def add(self, other: PassRecord) -> PassRecord:
+        """Return the record of the same pass on both graphs."""
+        a, b = self.report, other.report
+        report = PassReport(
+            a.changed or b.changed, a.matched + b.matched, a.skipped + b.skipped, notes=(*a.notes, *b.notes)
+        )
+        return PassRecord(self.name, max(self.effect, other.effect), self.seconds + other.seconds, report)
+
 
 @dataclass(frozen=True)
 class PipelineReport:
@@ -62,6 +77,15 @@ class PipelineReport:
     def effect(self) -> Effect:
         """The strongest effect that ran."""
         return max((record.effect for record in self.records if record.report.changed), default=Effect.EXACT)
+
+    @staticmethod
+    def merge(reports: Sequence[PipelineReport]) -> PipelineReport:
+        """Return one report for a model of several graphs: each pass once, with all that it matched and left."""
+        merged: dict[str, PassRecord] = {}
+        for record in (record for report in reports for record in report.records):
+            before = merged.get(record.name)
+            merged[record.name] = record if before is None else before.add(record)
+        return PipelineReport(tuple(merged.values()))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -83,7 +107,7 @@ def run_pipeline(
         DmtError: from a pass or the verifier.
     """
     records: list[PassRecord] = []
-    ctx.environment.annotate(gm)
+    ctx.begin(gm)
     if ctx.options.verify:
         verify(gm, ctx, Stage.CAPTURED, "capture")
     for number, step in enumerate(passes_in_order(ctx.options)):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from dmt_compile.errors import PlanError
 from dmt_compile.topology import Topology
 
 PLAN_VERSION = 1
+
+
+def parameter_of(table: str) -> tuple[str, int]:
+    """Return the parameter that holds a table, and its first row: ``emb[100:150]`` is in ``emb`` from row 100 on."""
+    field = re.fullmatch(r"(.+)\[(\d+):\d+\]", table)
+    return (field[1], int(field[2])) if field else (table, 0)
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,9 @@ class TableSpec:
         dtype: element type, such as ``float32``.
         features: lookups per sample that read this table (2 for a table shared by two features).
         pooling: mean ids per bag, measured on the planning batch.
+        bags: mean bags per sample and lookup; more than 1 where a sequence is used before it is pooled.
+        jagged: share of the bags whose lengths travel with the ids; the others have one id.
+        weighted: share of the bags whose ids have weights.
     """
 
     name: str
@@ -33,6 +43,9 @@ class TableSpec:
     dtype: str = "float32"
     features: int = 1
     pooling: float = 1.0
+    bags: float = 1.0
+    jagged: float = 1.0
+    weighted: float = 0.0
 
     @property
     def element_bytes(self) -> int:
@@ -49,12 +62,13 @@ class TableSpec:
     @property
     def output_bytes_per_sample(self) -> int:
         """Bytes of pooled embeddings that one sample takes from this table."""
-        return self.features * self.dim * self.element_bytes
+        return round(self.features * self.bags * self.dim * self.element_bytes)
 
     @property
     def id_bytes_per_sample(self) -> float:
-        """Bytes of ids and bag lengths that one sample sends to this table's owner (int64 on the wire)."""
-        return self.features * 8 * (self.pooling + 1)
+        """Bytes of ids, bag lengths (int64 on the wire) and weights that one sample sends to this table's owner."""
+        per_bag = 8 * (self.pooling + self.jagged) + self.weighted * self.pooling * self.element_bytes
+        return self.features * self.bags * per_bag
 
 
 @dataclass(frozen=True)
@@ -159,6 +173,20 @@ class TowerPlan:
         if len(shards) != 1:
             raise PlanError(f"plan: expected one shard for table {table}, found {len(shards)}")
         return shards[0].rank
+
+    def merge(self, other: TowerPlan) -> TowerPlan:
+        """Return the plan of a model whose tables came in two graphs, planned one after the other."""
+        towers = [
+            replace(a, tables=(*a.tables, *b.tables), output_width=a.output_width + b.output_width)
+            for a, b in zip(self.towers, other.towers, strict=True)
+        ]
+        return replace(
+            self,
+            tables=(*self.tables, *other.tables),
+            towers=tuple(towers),
+            placements={**self.placements, **other.placements},
+            notes=tuple(dict.fromkeys((*self.notes, *other.notes))),
+        )
 
     def tower_groups(self) -> Topology:
         """Return the topology in which the hosts of one tower act as one host.

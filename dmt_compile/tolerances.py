@@ -51,7 +51,7 @@ def absolute_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def ulp_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest distance in representable values of the tensors' type; infinite as above, and between types."""
+    """Return the largest distance in representable values of the tensors' type; infinite as above and between types."""
     difference = absolute_error(actual, expected) if actual.dtype == expected.dtype else math.inf
     if not math.isfinite(difference) or difference == 0 or not actual.dtype.is_floating_point:
         return difference

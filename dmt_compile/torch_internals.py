@@ -23,6 +23,7 @@ from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, _constrain_range_for_size
 from torch.utils._pytree import tree_leaves
 
@@ -102,24 +103,35 @@ def calling_modules() -> list[nn.Module]:
 
 
 _marked: list[weakref.ref[torch.Tensor]] = []
-_oblivious: list[Any] = []  # the setting while Dynamo analyses a frame of ours
+_options: list[contextlib.AbstractContextManager[Any]] = []  # of PyTorch, while Dynamo analyses a frame of ours
 
 
-def mark_dynamic_dims(tensor: torch.Tensor, dims: Sequence[int]) -> None:
+def _set_tracing_options() -> None:
+    if not _options:
+        # Sizes 0 and 1 are no cases of their own; two sizes are not one symbol because they are equal in this batch.
+        shapes = {"backed_size_oblivious": True, "use_duck_shape": False}
+        _options.append(_config.patch(shapes))  # type: ignore[attr-defined]
+        # Numbers read off tensors, such as the lengths in a jagged tensor, do not break the graph.
+        _options.append(torch._dynamo.config.patch(capture_scalar_outputs=True))
+        # In a KeyedJaggedTensor plain integers are sizes too: its samples, and its ids of each feature.
+        sizes = r".*\._stride,.*\._length_per_key\[\d+\],.*\._offset_per_key\[\d+\]"
+        _options.append(torch.compiler.config.patch(dynamic_sources=sizes))  # type: ignore[attr-defined]
+        for option in _options:
+            option.__enter__()
+
+
+def mark_dynamic_dims(tensor: torch.Tensor, dims: Sequence[int], empty_batch: bool = False) -> None:
     """Ask Dynamo's next analysis to give each of ``dims`` a symbolic size, 0 and 1 included.
 
     A size that the model's own code branches on, or that an operator needs fixed, gets a guard; nothing else guards on
-    it, since size-oblivious reasoning keeps 0 and 1 from being cases of their own. A size that is 0 now gets no guard
-    at all: what an empty tensor lets be inferred would hold for no other batch. Marks and reasoning go with the
-    compilation, however it ends.
+    it, since size-oblivious reasoning keeps 0 and 1 from being cases of their own. Of an ``empty_batch`` the sizes that
+    are 0 get no guard and no value at all: what Dynamo would infer from it would hold for no other batch. Marks and
+    reasoning go with the compilation, however it ends.
     """
-    if not _oblivious:
-        patched = torch.fx.experimental._config.patch(backed_size_oblivious=True)
-        patched.__enter__()
-        _oblivious.append(patched)
+    _set_tracing_options()
     before = set(tensor.__dict__)
     for dim in dims:
-        (maybe_mark_dynamic if tensor.shape[dim] else mark_unbacked)(tensor, dim)
+        (mark_unbacked if empty_batch and not tensor.shape[dim] else maybe_mark_dynamic)(tensor, dim)
     marks, marked_dims = getattr(tensor, "_dmt_marks", ((), ()))
     tensor._dmt_marks = (*marks, *(set(tensor.__dict__) - before)), (*marked_dims, *dims)  # type: ignore[attr-defined]
     _marked.append(weakref.ref(tensor))
@@ -127,8 +139,8 @@ def mark_dynamic_dims(tensor: torch.Tensor, dims: Sequence[int]) -> None:
 
 def take_back_marks() -> None:
     """Undo :func:`mark_dynamic_dims` on all tensors, so that other compilers see them as they were."""
-    while _oblivious:
-        _oblivious.pop().__exit__(None, None, None)
+    while _options:
+        _options.pop().__exit__(None, None, None)
     while _marked:
         tensor = _marked.pop()()
         if tensor is not None:
@@ -142,24 +154,50 @@ def marked_dims(tensor: torch.Tensor) -> tuple[int, ...]:
     return dims
 
 
-def forget_equal_sizes(tensors: Sequence[torch.Tensor]) -> None:
-    """Drop what Dynamo concluded about dimension 0 of these fake inputs: that it equals another input's.
+def drop_needless_guards(checked: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Drop guards of the present analysis that would only trace the same graph anew.
 
-    Dynamo would guard on it, trace anew for a batch that breaks it, and then fail inside an operator on that rank
-    alone. Call it once the program checks the sizes itself and all metadata has been read.
+    That dimension 0 is the same for the fake inputs of a group of ``checked``: the program checks it at each call.
+    Dynamo would trace anew for a batch that breaks it, and fail inside an operator on that rank alone. And that a size
+    is not 0 or 1 where only an operator's own shape rule asked, not the model: at torch level the operator is one node.
+
+    Call it once all metadata has been read.
     """
-    sizes = [tensor.shape[0].node for tensor in tensors if isinstance(tensor.shape[0], torch.SymInt)]
-    symbols = {size._expr for size in sizes}
-    for size in sizes:
-        env = size.shape_env
-        env.replacements.pop(size._expr, None)
-        env.guards = [guard for guard in env.guards if not _equates(guard.expr, symbols)]
-        env._update_version_counter()
-        env._replacements_version_counter = getattr(env, "_replacements_version_counter", 0) + 1
+    groups = [{_symbol(tensor.shape[0]) for tensor in group} - {None} for group in checked]
+    context = TracingContext.try_get()
+    env = None if context is None or context.fake_mode is None else context.fake_mode.shape_env
+    if env is None:
+        return
+    for symbol in set().union(*groups):
+        env.replacements.pop(symbol, None)
+    env.guards = [guard for guard in env.guards if not _equates(guard.expr, groups) and not _asked_by_operator(guard)]
+    env._update_version_counter()
+    env._replacements_version_counter = getattr(env, "_replacements_version_counter", 0) + 1
 
 
-def _equates(expression: Any, symbols: set[Any]) -> bool:
-    return type(expression).__name__ == "Equality" and set(expression.args) <= symbols
+def _symbol(size: int | torch.SymInt) -> Any:
+    return size.node._expr if isinstance(size, torch.SymInt) else None
+
+
+def _equates(expression: Any, groups: Sequence[set[Any]]) -> bool:
+    return type(expression).__name__ == "Equality" and any(set(expression.args) <= symbols for symbols in groups)
+
+
+_SHAPE_RULES = (
+    "_decomp/decompositions.py",
+    "_meta_registrations.py",
+    "_refs/__init__.py",
+    "torch/functional.py",
+    "torch/nn/functional.py",
+)
+
+
+def _asked_by_operator(guard: Any) -> bool:
+    location = getattr(guard.sloc, "framework_loc", None)
+    file = str(getattr(location, "filename", location)).replace("\\", "/")
+    is_not = type(guard.expr).__name__ == "Unequality" and any(number in guard.expr.args for number in (0, 1))
+    refuses = str(getattr(location, "name", "")).startswith("_verify")  # batch norm of one value
+    return is_not and not refuses and any(rules in file for rules in _SHAPE_RULES)
 
 
 def mark_before_tracing(is_ours: Callable[[Any], bool], dims_of: Callable[[torch.Tensor], Sequence[int]]) -> None:
@@ -180,11 +218,13 @@ def mark_before_tracing(is_ours: Callable[[Any], bool], dims_of: Callable[[torch
             frame = frame.f_back
         if frame is None or not is_ours(_innermost_backend(frame.f_locals["compiler_fn"])):
             return
-        for leaf in tree_leaves(dict(frame.f_locals["locals"])):
-            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter) and not marked_dims(leaf):
-                dims = dims_of(leaf)
-                if dims:
-                    mark_dynamic_dims(leaf, dims)
+        _set_tracing_options()
+        leaves = [leaf for leaf in tree_leaves(dict(frame.f_locals["locals"])) if isinstance(leaf, torch.Tensor)]
+        batch = [leaf for leaf in leaves if not isinstance(leaf, nn.Parameter) and not marked_dims(leaf)]
+        empty = not any(leaf.numel() for leaf in batch)
+        for leaf in batch:
+            if dims := dims_of(leaf):
+                mark_dynamic_dims(leaf, dims, empty)
 
     def end(_: Any) -> None:
         take_back_marks()
@@ -212,11 +252,18 @@ def _innermost_backend(backend: Any) -> Any:
     return backend
 
 
+def ends_in_graph_break() -> bool:
+    """Tell, inside a backend call, whether the model goes on after this graph."""
+    reason = InstructionTranslator.current_tx().output.compile_subgraph_reason
+    return reason is not None and bool(reason.graph_break)
+
+
 def restart_analysis(reason: str) -> None:
     """Make Dynamo trace the current frame again.
 
     Dynamo restarts the analysis on this exception of a backend and on no other.
     """
+    InstructionTranslator.current_tx().speculation_log.clear()  # with other dynamic sizes it may take another way
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 

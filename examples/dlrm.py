@@ -83,3 +83,14 @@ class DLRM(nn.Module):
         pairs_BP = dots_BFF[:, self.row_index_P, self.column_index_P]
         logits_B1: Tensor = self.top(torch.cat([bottom_BD, pairs_BP], dim=1))
         return logits_B1.squeeze(1)
+
+
+def example() -> tuple[DLRM, tuple[Tensor, list[Tensor], list[Tensor]]]:
+    """Return a small model and a batch for it: ``dmt explain --model examples/dlrm.py:example --topology 2x4``."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    rows, samples = (1000, 200, 50, 7, 3000, 12), 32
+    lengths_FB = torch.randint(0, 4, (len(rows), samples), generator=generator)
+    ids = [torch.randint(0, n, (int(k.sum()),), generator=generator) for n, k in zip(rows, lengths_FB, strict=True)]
+    offsets = [lengths_B.cumsum(0) - lengths_B for lengths_B in lengths_FB]
+    return DLRM(rows, dim=8, dense_features=4), (torch.randn(samples, 4, generator=generator), ids, offsets)

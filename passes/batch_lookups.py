@@ -7,11 +7,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
-from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, sort_graph
+from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, only_joined, sort_graph
 from dmt_compile.ir.stages import Stage
 
 
@@ -33,7 +34,8 @@ class BatchLookups(Pass):
             gm.graph.erase_node(join)
         groups: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in [] if joins else lookups:
-            groups[node.meta["val"].dtype, node.meta["val"].device].append(node)
+            check = node.args[1].args[0]  # type: ignore[union-attr]
+            groups[check, node.meta["val"].dtype, node.meta["val"].device].append(node)
         for group in groups.values():
             self._fuse_flat(gm, ctx, group)
         for lookup in lookups:
@@ -43,11 +45,11 @@ class BatchLookups(Pass):
 
     def _fuse(self, gm: fx.GraphModule, ctx: PassContext, lookups: list[fx.Node], route: fx.Node | None) -> fx.Node:
         columns = list(zip(*(lookup.args for lookup in lookups), strict=True))
-        tables, ids, offsets, _, modes, sparse, padding = columns
+        tables, ids, offsets, weights, pooling = columns
         with gm.graph.inserting_before(lookups[-1]):
             return ctx.call(
-                gm, ops.batched_lookup, list(tables), list(ids), list(offsets),
-                tuple(zip(modes, sparse, padding, strict=True)), route, like=lookups[0],
+                gm, ops.batched_lookup, list(tables), list(ids), list(offsets), list(weights), tuple(pooling), route,
+                like=lookups[0],
             )  # fmt: skip
 
     def _fuse_flat(self, gm: fx.GraphModule, ctx: PassContext, lookups: list[fx.Node]) -> None:
@@ -56,5 +58,8 @@ class BatchLookups(Pass):
         with gm.graph.inserting_after(fused):
             split = ctx.call(gm, ops.split_features, fused, None, widths, like=lookups[0])
         for index, lookup in enumerate(lookups):
-            with gm.graph.inserting_after(split):
-                lookup.replace_all_uses_with(ctx.call(gm, operator.getitem, split, index, like=lookup))
+            joined = only_joined(lookup)
+            with gm.graph.inserting_before(split.next):
+                column = ctx.call(gm, operator.getitem, split, index, like=lookup)
+                column = column if joined else ctx.call(gm, torch.clone, column, like=lookup)
+            lookup.replace_all_uses_with(column)

@@ -1,25 +1,24 @@
-"""Find the model's embedding tables and turn every lookup into one ``dmt::lookup`` behind one ``dmt::check_batch``.
+"""Turn every lookup of an embedding table into one ``dmt::lookup``.
 
-Matched: ``torch.nn.functional.embedding_bag`` (what ``nn.EmbeddingBag`` calls) on 1-D ids and offsets of a parameter
-that is a graph input. Everything else stays as it is, with the reason.
+Matched: ``torch.nn.functional.embedding_bag`` and ``embedding`` (``nn.EmbeddingBag`` and ``nn.Embedding`` call them) of
+a parameter that is a graph input and is read by lookups alone. Ids become 1-D: a matrix of ids is B bags of L ids for
+``embedding_bag``, and B x L bags of one id for ``embedding``. Everything else stays as it is, with the reason.
 """
 
 from __future__ import annotations
 
-import operator
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from dmt_compile import torch_internals
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.ir import ops
-from dmt_compile.ir.embedding_graph import Feature, Table, source_line
-from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, calls, placeholders, sort_graph
+from dmt_compile.ir.embedding_graph import source_line
+from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, calls
 from dmt_compile.ir.stages import Stage
+from dmt_compile.kernels.batched_lookup.reference import Pooling
 
 _F = torch.nn.functional
 _BAG_DEFAULTS: dict[str, Any] = {
@@ -27,7 +26,7 @@ _BAG_DEFAULTS: dict[str, Any] = {
     "weight": None,
     "offsets": None,
     "max_norm": None,
-    "norm_type": 2,
+    "norm_type": 2.0,
     "scale_grad_by_freq": False,
     "mode": "mean",
     "sparse": False,
@@ -35,142 +34,119 @@ _BAG_DEFAULTS: dict[str, Any] = {
     "include_last_offset": False,
     "padding_idx": None,
 }
-_EMBEDDING_ARGUMENTS = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+_EMBEDDING_DEFAULTS: dict[str, Any] = {
+    "input": None,
+    "weight": None,
+    "padding_idx": None,
+    "max_norm": None,
+    "norm_type": 2.0,
+    "scale_grad_by_freq": False,
+    "sparse": False,
+}
 
 
 @dataclass(frozen=True)
 class FindTables(Pass):
-    """Name tables and features; make lookups canonical."""
+    """Make lookups canonical."""
 
     name: ClassVar[str] = "find_tables"
     needs: ClassVar[Stage] = Stage.CAPTURED
-    gives: ClassVar[Stage] = Stage.FLAT
+    gives: ClassVar[Stage] = Stage.CAPTURED
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassReport:
-        """Rewrite ``gm`` in place and fill ``ctx.embedding_graph``."""
+        """Rewrite ``gm`` in place."""
+        lookups = {node: self._arguments(node) for node in calls(gm, _F.embedding_bag, _F.embedding)}
         skipped: list[tuple[str, str]] = []
-        bags: list[tuple[fx.Node, dict[str, Any]]] = []
-        for node in calls(gm, _F.embedding_bag):
-            arguments = {**_BAG_DEFAULTS, **dict(zip(_BAG_DEFAULTS, node.args, strict=False)), **node.kwargs}
-            reason = self._reason(arguments, ctx)
-            if reason is None:
-                bags.append((node, arguments))
+        matched = dict(lookups)
+        reasons: dict[fx.Node, str] = {}
+        while found := {n: r for n, a in matched.items() if (r := self._reason(n, a, matched.keys(), ctx)) is not None}:
+            reasons |= found  # what stays may read the table of what was matched before
+            matched = {node: arguments for node, arguments in matched.items() if node not in found}
+        for node, arguments in lookups.items():
+            if node in matched:
+                self._rewrite(gm, ctx, node, arguments)
             else:
-                skipped.append(self._leave(node, reason, arguments, ctx))
-        for node in calls(gm, _F.embedding):
-            arguments = {**dict(zip(_EMBEDDING_ARGUMENTS, node.args, strict=False)), **node.kwargs}
-            skipped.append(self._leave(node, "it is an nn.Embedding, not an nn.EmbeddingBag", arguments, ctx))
-        bags = self._consistent(bags, ctx, skipped)
-        if bags:
-            self._rewrite(gm, ctx, bags)
-        return PassReport(changed=bool(bags), matched=len(bags), skipped=tuple(skipped))
+                skipped.append(self._leave(node, reasons[node], arguments, ctx))
+        return PassReport(changed=bool(matched), matched=len(matched), skipped=tuple(skipped))
 
-    def _reason(self, arguments: dict[str, Any], ctx: PassContext) -> str | None:
-        """Say why a bag cannot become a ``dmt::lookup``, or nothing."""
-        weight, ids, offsets = arguments["weight"], arguments["input"], arguments["offsets"]
+    def _arguments(self, node: fx.Node) -> dict[str, Any]:
+        defaults = _BAG_DEFAULTS if node.target is _F.embedding_bag else _EMBEDDING_DEFAULTS
+        return {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
+
+    def _reason(self, node: fx.Node, arguments: dict[str, Any], matched: Any, ctx: PassContext) -> str | None:
+        """Say why a lookup cannot become a ``dmt::lookup``, or nothing."""
+        weight, ids = arguments["weight"], arguments["input"]
         if weight.name not in ctx.parameters or not isinstance(ctx.parameters[weight.name], torch.nn.Parameter):
             return "its table is not a parameter of the model"
-        if ids.meta["val"].ndim != 1 or offsets is None:
-            return "its ids are not 1-D with offsets"
-        for option in ("max_norm", "per_sample_weights"):
-            if arguments[option] is not None:
-                return f"it uses {option}"
-        for option in ("scale_grad_by_freq", "include_last_offset"):
-            if arguments[option]:
-                return f"it uses {option}"
+        if isinstance(arguments["max_norm"], fx.Node):
+            return "its max_norm is not a constant"
+        if any(user not in matched for user in weight.users):
+            return "its table is used outside lookups too"
+        before = ancestors([node for node in (ids, arguments.get("offsets")) if node is not None])
+        if before & matched:
+            return "its ids depend on another lookup"
+        if not self._reads_batch(ids, ctx):
+            return "its ids do not come from the batch"
+        if arguments["scale_grad_by_freq"] and node.target is _F.embedding_bag and ctx.distributed:
+            return "its bags' gradients are scaled by how often ids occur in each rank's own batch"
+        weights = arguments.get("per_sample_weights")
+        if weights is not None and ancestors([weights]) & matched:
+            return "its per_sample_weights depend on another lookup"
         return None
 
+    def _reads_batch(self, node: fx.Node, ctx: PassContext) -> bool:
+        """Tell whether values of the batch are among what a node is made of; their sizes alone do not count."""
+        if node.op == "placeholder":
+            return node.name in ctx.inputs
+        sources = [n for n in node.all_input_nodes if not isinstance(n.meta["val"], int | torch.SymInt | torch.Size)]
+        return any(self._reads_batch(source, ctx) for source in sources)
+
     def _leave(self, node: fx.Node, reason: str, arguments: dict[str, Any], ctx: PassContext) -> tuple[str, str]:
-        if arguments.get("sparse") and ctx.distributed and ctx.training:
+        impossible = None
+        if arguments["sparse"] and ctx.training:
+            impossible = "its sparse gradient cannot be averaged over ranks", "use sparse=False there"
+        elif arguments["max_norm"] is not None:
+            impossible = "with max_norm every rank would scale other rows of its copy", "drop max_norm there"
+        if impossible is not None and ctx.distributed:
             raise UnsupportedGraphError(
                 f"{self.name}: expected a lookup that can be placed on one rank for {node.name}, found that {reason}, "
-                f"and its sparse gradient cannot be averaged over ranks ({source_line(node)}); use sparse=False there"
+                f"and {impossible[0]} ({source_line(node)}); {impossible[1]}"
             )
         return ctx.leave(node, reason, self.name)
 
-    def _consistent(
-        self, bags: list[tuple[fx.Node, dict[str, Any]]], ctx: PassContext, skipped: list[tuple[str, str]]
-    ) -> list[tuple[fx.Node, dict[str, Any]]]:
-        """Keep bags that can be looked up together: same samples, ids known beforehand, tables not used elsewhere."""
-        kept = []
-        matched = {node for node, _ in bags}
-        for node, arguments in bags:
-            reason = None
-            first_size, size = (a["offsets"].meta["val"].shape[0] for a in (bags[0][1], arguments))
-            if torch_internals.canonical_expression(size) != torch_internals.canonical_expression(first_size):
-                reason = "its number of bags is not that of the first lookup"
-            elif ancestors([arguments["input"], arguments["offsets"]]) & matched:
-                reason = "its ids depend on another lookup"
-            elif any(user not in matched for user in arguments["weight"].users):
-                reason = "its table is used outside lookups too"
-            if reason is None:
-                kept.append((node, arguments))
-            else:
-                skipped.append(self._leave(node, reason, arguments, ctx))
-        if len(kept) < len(bags):  # what stays may read the table of what was kept
-            return self._consistent(kept, ctx, skipped)
-        return kept
-
-    def _rewrite(self, gm: fx.GraphModule, ctx: PassContext, bags: list[tuple[fx.Node, dict[str, Any]]]) -> None:
-        graph = ctx.embedding_graph
-        uses: dict[str, int] = defaultdict(int)
-        labels: list[str] = []
-        samples = ctx.inputs.get(bags[0][1]["offsets"].name)
-        graph.batch_size = len(samples) if isinstance(samples, torch.Tensor) else 0
-        for _, arguments in bags:
-            weight = arguments["weight"]
-            name = ctx.flat_names[weight.name].removesuffix(".weight")
-            rows, dim = (int(size) for size in weight.meta["val"].shape)
-            dtype = weight.meta["val"].dtype
-            graph.add_table(Table(name, weight.name, rows, dim, dtype, ctx.parameters[weight.name]))
-            labels.append(name)
-        first = bags[0][0]
-        size = torch_internals.canonical_expression(bags[0][1]["offsets"].meta["val"].shape[0])
-        offsets = [arguments["offsets"] for _, arguments in bags]
-        others = [n for n in placeholders(gm) if n not in offsets and self._has_samples(n, size, ctx)]
-        graph.checked_inputs = [n.name for n in (*offsets, *others) if n.op == "placeholder"]
-        with gm.graph.inserting_before(first):
-            checked = ctx.call(
-                gm,
-                ops.check_batch,
-                [arguments["input"] for _, arguments in bags],
-                offsets,
-                others,
-                tuple(int(arguments["weight"].meta["val"].shape[0]) for _, arguments in bags),
-                (*labels, *(ctx.flat_names.get(n.name, n.name) for n in others)),
-                ctx.options.check_ids,
-                like=first,
-            )
-        for position, (node, arguments) in enumerate(bags):
-            with gm.graph.inserting_before(node):
-                ids = ctx.call(gm, operator.getitem, checked, position, like=node)
-                starts = ctx.call(gm, operator.getitem, checked, len(bags) + position, like=node)
-                lookup = ctx.call(
-                    gm, ops.lookup, arguments["weight"], ids, starts, None, arguments["mode"], arguments["sparse"],
-                    arguments["padding_idx"], like=node,
-                )  # fmt: skip
-            node.replace_all_uses_with(lookup)
-            gm.graph.erase_node(node)
-            name = labels[position]
-            uses[name] += 1
-            feature = name if uses[name] == 1 else f"{name}#{uses[name]}"
-            pooling = self._pooling(arguments, ctx)
-            graph.add_feature(Feature(feature, name, lookup.name, arguments["mode"], arguments["sparse"], pooling))
-        sort_graph(gm)
-
-    def _has_samples(self, node: fx.Node, size: Any, ctx: PassContext) -> bool:
-        value = node.meta["val"]
-        return (
-            node.name not in ctx.parameters
-            and isinstance(value, torch.Tensor)
-            and value.ndim > 0
-            and torch_internals.canonical_expression(value.shape[0]) == size
-            and not isinstance(size, int)
+    def _rewrite(self, gm: fx.GraphModule, ctx: PassContext, node: fx.Node, arguments: dict[str, Any]) -> None:
+        ids, offsets, weights = (arguments.get(key) for key in ("input", "offsets", "per_sample_weights"))
+        bag = node.target is _F.embedding_bag
+        assert isinstance(ids, fx.Node)
+        shape = ids.meta["val"].shape
+        how = Pooling(
+            mode=arguments["mode"] if bag else "none",
+            sparse=arguments["sparse"],
+            padding_idx=self._row(arguments, "padding_idx"),
+            padding_counts=not bag,
+            max_norm=None if arguments["max_norm"] is None else float(arguments["max_norm"]),
+            norm_type=2.0 if arguments["max_norm"] is None else float(arguments["norm_type"]),
+            scale_grad_by_freq=arguments["scale_grad_by_freq"],
+            last_offset=bool(arguments.get("include_last_offset")),
         )
+        with gm.graph.inserting_before(node):
+            if bag and len(shape) == 2:
+                offsets = ctx.call(gm, ops.even_offsets, ids, like=node)
+            if len(shape) != 1:
+                ids = ctx.call(gm, torch.reshape, ids, (-1,), like=node)
+                weights = None if weights is None else ctx.call(gm, torch.reshape, weights, (-1,), like=node)
+            out = ctx.call(gm, ops.lookup, arguments["weight"], ids, offsets, weights, how, like=node)
+            if not bag and len(shape) != 1:
+                sizes = [self._size(gm, ctx, arguments["input"], dim) for dim in range(len(shape))]
+                out = ctx.call(gm, torch.reshape, out, (*sizes, int(out.meta["val"].shape[1])), like=node)
+        node.replace_all_uses_with(out)
+        gm.graph.erase_node(node)
 
-    def _pooling(self, arguments: dict[str, Any], ctx: PassContext) -> float:
-        """Return the mean ids per bag of the batch that is being compiled for; 1 where it cannot be seen."""
-        ids, offsets = (ctx.inputs.get(arguments[key].name) for key in ("input", "offsets"))
-        if isinstance(ids, torch.Tensor) and isinstance(offsets, torch.Tensor) and len(offsets):
-            return len(ids) / len(offsets)
-        return 1.0
+    def _size(self, gm: fx.GraphModule, ctx: PassContext, ids: fx.Node, dim: int) -> int | fx.Node:
+        size = ids.meta["val"].shape[dim]
+        return size if isinstance(size, int) else ctx.call(gm, torch.ops.aten.sym_size.int, ids, dim, like=ids)
+
+    def _row(self, arguments: dict[str, Any], key: str) -> int | None:
+        """Return a row number counted from the front."""
+        row = arguments[key]
+        return None if row is None else int(row) % int(arguments["weight"].meta["val"].shape[0])

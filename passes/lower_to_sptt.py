@@ -17,17 +17,18 @@ exchanges. A tower over K hosts makes its K x local ranks one group.
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
 
-from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
-from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, sort_graph
+from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, only_joined, sort_graph
 from dmt_compile.ir.stages import Stage
 
 
@@ -43,42 +44,52 @@ class LowerToSptt(Pass):
         """Rewrite ``gm`` in place."""
         if not ctx.distributed:
             return PassReport(changed=False, skipped=(("graph", "one rank: nothing to exchange"),))
-        lookups = calls(gm, ops.lookup)
-        if not lookups:
+        checks = calls(gm, ops.check_batch)
+        if not checks:
             return PassReport(changed=False, skipped=(("graph", "no lookup"),))
+        matched = sum(self._lower(gm, ctx, check) for check in checks)
+        sort_graph(gm)
+        return PassReport(changed=True, matched=matched)
+
+    def _lower(self, gm: fx.GraphModule, ctx: PassContext, check: fx.Node) -> int:
+        """Put the exchanges around the lookups of one group, and return how many they are."""
+        lookups = [n for n in calls(gm, ops.lookup) if n.args[1] in check.users]
         assert ctx.plan is not None
-        check = calls(gm, ops.check_batch)[0]
-        features = ctx.embedding_graph.features
-        dtypes = {table.dtype for table in ctx.embedding_graph.tables}
-        if len(dtypes) > 1:
-            raise UnsupportedGraphError(
-                f"{self.name}: expected tables of one element type, found {sorted(map(str, dtypes))}; convert them"
-            )
         groups = ctx.plan.tower_groups()
-        owners = tuple(ctx.plan.owner(feature.table) for feature in features)
-        widths = tuple(int(lookup.meta["val"].shape[1]) for lookup in lookups)
-        dtype = str(dtypes.pop()).removeprefix("torch.")
-        ids, offsets, others, rows, labels, check_ids = check.args
+        tables = {feature.node: feature.table for feature in ctx.embedding_graph.features}
+        owners = tuple(ctx.plan.owner(tables[lookup.name]) for lookup in lookups)
+        values = [lookup.meta["val"] for lookup in lookups]
+        widths = tuple(int(value.shape[1]) for value in values)
+        promoted = functools.reduce(torch.promote_types, (value.dtype for value in values))
+        dtype = str(promoted).removeprefix("torch.")
+        ids, offsets, how, weights, others, rows, labels, check_ids = check.args
+        jagged = tuple(starts is not None for starts in offsets)  # type: ignore[union-attr]
+        weighted = tuple(factors is not None for factors in weights)  # type: ignore[union-attr]
 
         def call(target: object, *args: object) -> fx.Node:
             return ctx.call(gm, target, *args, like=lookups[0])  # type: ignore[arg-type]
 
         with gm.graph.inserting_before(check):
-            layout = call(ex.layout, groups.hosts, groups.local_ranks, owners, widths)
-            packed = call(ex.pack_ids, layout, ids, offsets, others, rows, check_ids)
+            layout = call(ex.layout, groups.hosts, groups.local_ranks, owners, widths, jagged, weighted)
+            packed = call(ex.pack_ids, layout, ids, offsets, how, weights, others, rows, check_ids)
             payload, sent = call(operator.getitem, packed, 0), call(operator.getitem, packed, 1)
             received = call(ex.exchange_headers, sent, rows, labels)
-            batch_size = call(torch.ops.aten.sym_size.int, offsets[0], 0)  # type: ignore[index]
-            route = call(ex.route, layout, sent, received, batch_size)
-            bags = call(ex.unpack_ids, call(ex.all_to_all, payload, route, "ids", "world", "int64"), route)
+            bags = call(torch.ops.aten.sym_size.int, offsets[0] if jagged[0] else ids[0], 0)  # type: ignore[index]
+            bags = call(operator.sub, bags, 1) if how[0].last_offset else bags  # type: ignore[index, union-attr]
+            route = call(ex.route, layout, sent, received, bags)
+            bags_of = call(ex.unpack_ids, call(ex.all_to_all, payload, route, "ids", "world", "int64"), route)
+            factors = self._exchange_weights(ctx, call, check, route) if any(weighted) else [None] * len(lookups)
         for index, lookup in enumerate(lookups):
             with gm.graph.inserting_before(lookup):
-                lookup.update_arg(1, call(operator.getitem, bags, 2 * index))
-                lookup.update_arg(2, call(operator.getitem, bags, 2 * index + 1))
+                lookup.update_arg(1, call(operator.getitem, bags_of, 2 * index))
+                lookup.update_arg(2, call(operator.getitem, bags_of, 2 * index + 1) if jagged[index] else None)
+                lookup.update_arg(3, factors[index])
+            lookup.update_arg(4, how[index]._replace(last_offset=False, scale_grad_by_freq=False))  # type: ignore[index, union-attr]
             lookup.meta["val"] = ctx.environment.derive(lookup, gm)
         with gm.graph.inserting_after(lookups[-1]):
-            anchor = gm.graph.call_function(operator.getitem, (bags, 0))  # marks the place; erased below
+            anchor = gm.graph.call_function(operator.getitem, (bags_of, 0))  # marks the place; erased below
         users = [(lookup, list(lookup.users)) for lookup in lookups]
+        joined_only = [only_joined(lookup) for lookup in lookups]
         with gm.graph.inserting_before(anchor):
             joined = call(ex.join_features, list(lookups), route)
             if groups.local_ranks > 1:
@@ -92,6 +103,15 @@ class LowerToSptt(Pass):
                 joined = call(ex.scale_gradient, joined, 1 / ctx.topology.world_size)
             split = call(ops.split_features, joined, layout)
             columns = [call(operator.getitem, split, index) for index in range(len(lookups))]
+            columns = [
+                column if value.dtype == promoted else call(torch.Tensor.to, column, value.dtype)
+                for column, value in zip(columns, values, strict=True)
+            ]
+            columns = [c if only else call(torch.clone, c) for c, only in zip(columns, joined_only, strict=True)]
+            columns = [
+                call(ex.scale_by_frequency, column, own_ids) if pooling.scale_grad_by_freq else column
+                for column, own_ids, pooling in zip(columns, ids, how, strict=True)  # type: ignore[arg-type]
+            ]
         gm.graph.erase_node(anchor)
         for (lookup, lookup_users), column in zip(users, columns, strict=True):
             for user in lookup_users:
@@ -99,5 +119,31 @@ class LowerToSptt(Pass):
         for node in list(check.users):
             gm.graph.erase_node(node)
         gm.graph.erase_node(check)
-        sort_graph(gm)
-        return PassReport(changed=True, matched=len(lookups))
+        return len(lookups)
+
+    def _exchange_weights(
+        self, ctx: PassContext, call: Callable[..., fx.Node], check: fx.Node, route: fx.Node
+    ) -> list[fx.Node | None]:
+        """Send per-sample weights along with the ids; their gradients come back the same way."""
+        columns: Any = zip(*check.args[1:4], strict=True)
+        weighted = [(starts, how, factors) for starts, how, factors in columns if factors is not None]
+        factors = [factors for *_, factors in weighted]
+        dtypes = [factor.meta["val"].dtype for factor in factors]
+        promoted = functools.reduce(torch.promote_types, dtypes)
+        factors = [
+            factor if d == promoted else call(torch.Tensor.to, factor, promoted)
+            for factor, d in zip(factors, dtypes, strict=True)
+        ]
+        packed = call(ex.pack_weights, factors, [s for s, *_ in weighted], tuple(how for _, how, _ in weighted), route)
+        if packed.meta["val"].requires_grad:
+            packed = call(ex.scale_gradient, packed, float(ctx.topology.world_size))
+        dtype = str(promoted).removeprefix("torch.")
+        received = call(ex.unpack_weights, call(ex.all_to_all, packed, route, "weights", "world", dtype), route)
+        out: list[fx.Node | None] = []
+        remaining = iter(dtypes)
+        for index, factor in enumerate(cast(Any, check.args[3])):
+            mine = None if factor is None else call(operator.getitem, received, index)
+            if mine is not None and (d := next(remaining)) != promoted:
+                mine = call(torch.Tensor.to, mine, d)
+            out.append(mine)
+        return out

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from dmt_compile import torch_internals
-from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, placeholders
+from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, mutates, placeholders
 from dmt_compile.ir.stages import Stage
 
 _VIEWS = ("view", "reshape")
@@ -33,7 +33,7 @@ class NormalizeGraph(Pass):
         removed = calls(gm, torch.ops.aten._assert_scalar.default, torch._check)
         for node in removed:
             gm.graph.erase_node(node)
-        gm.graph.eliminate_dead_code()
+        gm.graph.eliminate_dead_code(lambda node: node.is_impure() or mutates(node))
         sizes = self._size_nodes(gm, ctx)
         views = sum(self._write_out_view(node, sizes) for node in list(gm.graph.nodes))
         return PassReport(changed=bool(removed or sizes or views), matched=len(removed) + views)

@@ -1,4 +1,4 @@
-"""Write each table's placement onto its graph input: the shards that the plan gives to the tower's ranks."""
+"""Write the tables' placements onto their graph inputs: the shards that the plan gives to the tower's ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dmt_compile.ir.stages import Stage
 
 @dataclass(frozen=True)
 class PlaceTables(Pass):
-    """Annotate table inputs with ``meta["shards"]``."""
+    """Annotate table inputs with ``meta["shards"]``: table name -> shards."""
 
     name: ClassVar[str] = "place_tables"
     needs: ClassVar[Stage] = Stage.TOWERED
@@ -36,5 +36,5 @@ class PlaceTables(Pass):
                     f"{self.name}: expected one shard for table {table.name}, found {len(shards)}; "
                     "place whole tables, row and column shards cannot be looked up yet"
                 )
-            inputs[table.placeholder].meta["shards"] = shards
+            inputs[table.placeholder].meta.setdefault("shards", {})[table.name] = shards
         return PassReport(changed=bool(tables), matched=len(tables))

@@ -77,3 +77,56 @@ def dense_of(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     if gradient is None:
         return torch.zeros_like(like)
     return gradient.to_dense() if gradient.layout == torch.sparse_coo else gradient
+
+
+class Mixture(nn.Module):
+    """Lookups of every kind: weighted bags, sequences pooled and attended over, fields of one table, a frozen table."""
+
+    FIELDS = (7, 5, 9)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(11, 4, mode="sum", sparse=True)
+        self.importance = nn.Parameter(torch.rand(11))
+        self.item = nn.Embedding(13, 4, padding_idx=0)
+        self.pooled = nn.Embedding(8, 3, sparse=True)
+        self.fields = nn.Embedding(sum(self.FIELDS), 4)
+        self.first_order = nn.Embedding(sum(self.FIELDS), 1)
+        self.register_buffer("starts", torch.tensor([0, 7, 12]))
+        self.frozen = nn.EmbeddingBag(6, 2, mode="mean", include_last_offset=True, _weight=torch.randn(6, 2))
+        self.frozen.weight.requires_grad_(False)
+        self.attention = nn.Linear(8, 1)
+        norm = nn.BatchNorm1d(8, track_running_stats=False)
+        self.top = nn.Sequential(nn.Linear(33, 8, bias=False), norm, nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        offsets: torch.Tensor,
+        fields: torch.Tensor,
+        history: torch.Tensor,
+        target: torch.Tensor,
+    ) -> torch.Tensor:
+        bags = self.bag(ids, offsets, per_sample_weights=self.importance[ids])
+        ends = torch.cat([offsets, torch.full_like(offsets[:1], 1).mul(len(ids))])
+        frozen = self.frozen(ids % 6, ends)
+        rows, mask = self.item(history), (history > 0).float().unsqueeze(2)
+        wanted = self.item(target)
+        scores = self.attention(torch.cat([rows, wanted.unsqueeze(1).expand_as(rows)], dim=2))
+        attended = (torch.sigmoid(scores) * mask * rows).sum(1)
+        short = (self.pooled(history % 8) * mask).sum(1) / (mask.sum(1) + 1)
+        index = fields + self.starts
+        second = self.fields(index)
+        joined = torch.cat([bags, frozen, attended, wanted, short, second.flatten(1), rows.mean(1)], dim=1)
+        return (self.top(joined) + self.first_order(index).sum(1)).squeeze(1)
+
+    def batch(self, samples: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Return a batch whose sequences have a length of its own."""
+
+        def draw(high: int, *shape: int) -> torch.Tensor:
+            return torch.randint(0, high, shape, generator=generator)
+
+        lengths = draw(4, samples)
+        fields = torch.stack([draw(rows, samples) for rows in self.FIELDS], dim=1)
+        history = draw(13, samples, 2 + int(draw(4, 1)))
+        return draw(11, int(lengths.sum())), lengths.cumsum(0) - lengths, fields, history, draw(13, samples)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 
 import dmt_compile
 from dmt_compile import Topology, TowerPlan
@@ -202,13 +203,13 @@ class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tables = nn.ModuleDict({"b": nn.EmbeddingBag(20, 4, mode="sum"), "i": nn.Embedding(9, 4)})
-        self.normed = nn.EmbeddingBag(7, 4, max_norm=1.0)
+        self.tied = nn.Embedding(7, 4)
 
     def forward(self, ids: torch.Tensor, offsets: torch.Tensor, single: torch.Tensor) -> torch.Tensor:
         out = self.tables["b"](ids, offsets)
         for i in "i":
-            out = out + self.tables[i](single)  # as markup, [i] would be dropped, and :smile: replaced
-        return out + self.normed(single, offsets)
+            out = out + F.embedding(single, self.tables[i].weight * 2)  # as markup, [i] would be dropped
+        return (out + self.tied(single)) @ self.tied.weight.T
 
 
 def mixed_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -221,8 +222,8 @@ def test_an_explanation_names_what_stays_flat_with_its_line() -> None:
     assert [table.name for table in explanation.tables] == ["tables.b"]
     assert explanation.plan == dmt_compile.plan(model, mixed_batch(), "2x2")
     assert {item.reason for item in explanation.unmatched} == {
-        "it is an nn.Embedding, not an nn.EmbeddingBag",
-        "it uses max_norm",
+        "its table is not a parameter of the model",
+        "its table is used outside lookups too",
     }
     source = Path(__file__).read_text().splitlines()
     for item in explanation.unmatched:
@@ -280,7 +281,6 @@ def test_one_process_with_eager_dense_parts_keeps_every_number() -> None:
 
 
 def test_an_interaction_that_is_not_recognised_is_said_to_be() -> None:
-    model = DLRM(dims=(4, 8, 8, 3, 9))
-    explanation = dmt_compile.explain(model, one_id_each(model, 4))
+    explanation = dmt_compile.explain(Mixed(), mixed_batch())  # adds its features up
     assert explanation.interaction is None
     assert "Interaction: not recognised; SPTT needs the lookups alone." in str(explanation)

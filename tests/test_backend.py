@@ -19,6 +19,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import dmt_compile
+from dmt_compile import torch_internals
 from dmt_compile.errors import BatchError, ConfigError, PlanError, UnsupportedGraphError
 from dmt_compile.ir import ops
 from dmt_compile.runtime.checks import find_fault
@@ -303,15 +304,17 @@ def test_a_model_without_tables_is_compiled_with_a_notice(caplog: pytest.LogCapt
 
 
 class WithEmbedding(nn.Module):
-    """One pooled table, and one nn.Embedding with a single id a sample."""
+    """A pooled table, an nn.Embedding with a single id a sample, and a table that is scaled before it is read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bag = nn.EmbeddingBag(20, 4, mode="sum")
         self.single = nn.Embedding(9, 4)
+        self.scaled = nn.Embedding(9, 4)
 
     def forward(self, ids: torch.Tensor, offsets: torch.Tensor, single: torch.Tensor) -> torch.Tensor:
-        return self.bag(ids, offsets) * self.single(single)
+        rows = nn.functional.embedding(single, self.scaled.weight * 2)
+        return self.bag(ids, offsets) * self.single(single) + rows
 
 
 def test_a_lookup_that_does_not_match_stays_flat_and_is_reported(tmp_path: Path) -> None:
@@ -324,12 +327,93 @@ def test_a_lookup_that_does_not_match_stays_flat_and_is_reported(tmp_path: Path)
         assert_same_step(model, flat, step_model(*batch), flat(*batch))
     report = json.loads((tmp_path / "graph0" / "report.json").read_text())
     found = {entry["name"]: entry for entry in report["passes"]}["find_tables"]
-    assert found["matched"] == 1
-    assert [reason for _, reason in found["skipped"]] == ["it is an nn.Embedding, not an nn.EmbeddingBag"]
+    assert found["matched"] == 2
+    assert [reason for _, reason in found["skipped"]] == ["its table is not a parameter of the model"]
     with pytest.raises(
-        UnsupportedGraphError, match=r"nn.EmbeddingBag \(.*test_backend.py:\d+: return self.bag.*strict=True"
+        UnsupportedGraphError,
+        match=r"a parameter of the model \(.*test_backend.py:\d+: rows = nn.functional.*strict=True",
     ):
         compiled(WithEmbedding(), strict=True)(*batch)
+
+
+# ----------------------------------------------------------------------------------------------- sizes and their guards
+
+
+class Asking(nn.Module):
+    """A model that does something else for a batch of one sample, and another thing for more than five."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.EmbeddingBag(20, 4, mode="sum")
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        out = self.emb(ids, offsets)
+        if offsets.size(0) == 1:
+            return out * 2
+        return out * 3 if len(offsets) > 5 else out
+
+
+def test_a_size_that_the_model_asks_for_itself_gets_its_guard() -> None:
+    torch.manual_seed(0)
+    model = Asking()
+    flat = copy.deepcopy(model)
+    step_model = compiled(model)
+    graphs = []
+    for samples in (4, 1, 3, 8, 1, 6, 2):
+        batch = torch.randint(20, (2 * samples,)), 2 * torch.arange(samples)
+        assert_same_step(model, flat, step_model(*batch), flat(*batch))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 2, 3, 3, 3, 3]
+
+
+class Products(nn.Module):
+    """Operators whose own shape rules ask whether a size is 0 or 1: tensordot, matmul, einsum, batch norm, expand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.EmbeddingBag(20, 4, mode="sum")
+        self.b = nn.EmbeddingBag(9, 4, mode="sum")
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.matrix = nn.Parameter(torch.randn(3, 3))
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        vectors = torch.stack([self.a(ids, offsets), self.b(ids % 9, offsets)], dim=1)
+        projected = torch.tensordot(vectors, self.weight, dims=([2], [0]))
+        products = torch.matmul(projected, self.matrix) + torch.einsum("bfd,de->bfe", projected, self.matrix)
+        pairs = torch.matmul(products, projected.transpose(1, 2)).flatten(1)
+        bias = self.matrix[:1].expand(len(offsets), -1)
+        return (self.norm(products.sum(1) + bias) @ self.matrix).sum(1) + pairs.sum(1)
+
+
+def test_questions_of_operators_cost_no_graph() -> None:
+    torch.manual_seed(0)
+    model = Products().eval()
+    flat = copy.deepcopy(model)
+    step_model = compiled(model)
+    for samples in (4, 1, 7, 2, 1):
+        batch = torch.randint(20, (2 * samples,)), 2 * torch.arange(samples)
+        assert_same_step(model, flat, step_model(*batch), flat(*batch))
+    assert counters["stats"]["unique_graphs"] == 1
+    model.train(), flat.train()
+    for samples in (4, 7, 2):
+        batch = torch.randint(20, (2 * samples,)), 2 * torch.arange(samples)
+        assert torch.equal(step_model(*batch), flat(*batch))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_sizes_that_happen_to_be_equal_stay_two_sizes() -> None:
+    """Three ids in three bags at first, and a dense width that is the number of samples."""
+    torch.manual_seed(0)
+    model, flat = pair(rows=(20, 9), dense=3)
+    step_model = compiled(model)
+    generator = torch.Generator().manual_seed(0)
+    for samples, ids in ((3, 3), (4, 9), (1, 3), (2, 2)):
+        starts = torch.arange(samples).clamp(max=ids)
+        draw = [torch.randint(9, (ids,), generator=generator) for _ in range(2)]
+        batch = torch.randn(samples, 3, generator=generator), draw, [starts, starts.clone()]
+        assert_same_step(model, flat, step_model(*batch), flat(*batch))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------ options, errors
@@ -452,22 +536,29 @@ class Refused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.bags = SharedTable(sparse=False)
-        self.normed = nn.EmbeddingBag(9, 4, mode="sum", max_norm=1.0)
+        self.scaled = nn.Parameter(torch.randn(9, 4))
 
     def forward(self, ids: list[torch.Tensor], offsets: torch.Tensor) -> torch.Tensor:
-        return self.bags(ids, offsets) + self.normed(ids[1], offsets[1]).sum()
+        rows = nn.functional.embedding_bag(ids[1], self.scaled * 2, offsets[1], mode="sum")
+        return self.bags(ids, offsets) + rows.sum()
 
 
-class Branching(nn.Module):
-    """A model that asks for the size of its batch, which has none while it is traced."""
+class Breaking(nn.Module):
+    """A model that Dynamo cannot trace in one graph."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bags = SharedTable(sparse=False)
 
     def forward(self, ids: list[torch.Tensor], offsets: torch.Tensor) -> torch.Tensor:
-        out = self.bags(ids, offsets)
-        return out * 2 if offsets.shape[1] > 2 else out
+        torch._dynamo.graph_break()
+        return self.bags(ids, offsets)
+
+
+def tracing_settings() -> tuple[Any, ...]:
+    """Return what the backend sets while Dynamo analyses a frame of its own."""
+    sizes = torch.fx.experimental._config
+    return sizes.backed_size_oblivious, sizes.use_duck_shape, torch._dynamo.config.capture_scalar_outputs
 
 
 @pytest.mark.parametrize(
@@ -478,15 +569,22 @@ class Branching(nn.Module):
         (Refused, {"strict": True}, UnsupportedGraphError, True),
         (Refused, {"strict": True}, UnsupportedGraphError, False),
         (SharedTable, {"strict": "?"}, ConfigError, True),
-        (Branching, {}, torch._dynamo.exc.UserError, True),
+        (SharedTable, {"strict": "?"}, ConfigError, False),
+        (Breaking, {}, torch._dynamo.exc.Unsupported, True),
     ],
 )
-def test_the_user_s_tensors_carry_no_marks_afterwards(
+def test_the_user_s_tensors_and_settings_are_as_before(
     model: Any, options: dict[str, Any], error: Any, early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not early:  # as in a version of PyTorch whose callbacks do not lead to the frame
         for name in ("start_callbacks", "end_callbacks"):
             monkeypatch.setattr(torch._dynamo.callback.callback_handler, name, [])
+    before = tracing_settings()
+    during: list[tuple[Any, ...]] = []
+    restart = torch_internals.restart_analysis
+    monkeypatch.setattr(
+        torch_internals, "restart_analysis", lambda reason: (during.append(tracing_settings()), restart(reason))
+    )
     ids, offsets = stacked_offsets(3, torch.Generator().manual_seed(0))
     bare = SharedTable(sparse=False) if model is SharedTable else model()
     all_options = {"dense_compiler": "eager", **options}
@@ -496,5 +594,25 @@ def test_the_user_s_tensors_carry_no_marks_afterwards(
     else:
         with pytest.raises(error):
             step_model(ids, offsets)
+    assert tracing_settings() == before
+    assert all(settings != before for settings in during)
+    assert len(during) == (error not in (ConfigError, torch._dynamo.exc.Unsupported))
     for tensor in (*ids, offsets):
         assert tensor.__dict__ == {}
+
+
+def test_another_backend_traces_as_it_always_does() -> None:
+    torch.manual_seed(0)
+    model = Asking()
+    batch = torch.tensor([1, 19, 3]), torch.tensor([0, 1, 2])
+    compiled(model)(*batch)
+    seen: list[tuple[Any, ...]] = []
+
+    def other(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append(tracing_settings())
+        return gm.forward
+
+    torch._dynamo.reset()
+    before = tracing_settings()
+    torch.compile(model, backend=other)(*batch)
+    assert seen == [before]

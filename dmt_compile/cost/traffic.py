@@ -101,7 +101,9 @@ def embedding_traffic(
             ids_SR[:, owner] += np.rint(batch_R * table.id_bytes_per_sample).astype(np.int64)
         else:
             counts_S = np.asarray(id_counts[table.name], dtype=np.int64)
-            ids_SR[:, owner] += ID_BYTES * (counts_S + table.features * batch_R)
+            lengths_S = table.features * table.bags * table.jagged * batch_R
+            weights_S = table.weighted * table.element_bytes * counts_S
+            ids_SR[:, owner] += np.rint(ID_BYTES * (counts_S + lengths_S) + weights_S).astype(np.int64)
 
     group, position = ranks // groups.local_ranks, ranks % groups.local_ranks
     group_width = np.bincount(group, width_S, groups.hosts).astype(np.int64)

@@ -9,12 +9,15 @@ import networkx as nx
 import torch
 from torch import fx
 
-from dmt_compile.plan import TableSpec
+from dmt_compile.plan import TableSpec, parameter_of
 
 
 @dataclass(frozen=True)
 class Table:
-    """An embedding table: its flat name, graph input and parameter."""
+    """An embedding table: its flat name, graph input and parameter.
+
+    A field of a table of many fields is a table of its own: ``emb[100:150]`` has 50 rows from ``first_row`` 100 on.
+    """
 
     name: str
     placeholder: str
@@ -22,11 +25,25 @@ class Table:
     dim: int
     dtype: torch.dtype
     parameter: torch.Tensor | None = field(compare=False, repr=False)
+    first_row: int = 0
+
+    @property
+    def parameter_name(self) -> str:
+        """The flat name of the parameter that holds this table's rows, without ``.weight``."""
+        return parameter_of(self.name)[0]
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One lookup of a table: the node that gives its pooled rows, and how."""
+    """One lookup of a table: the node that gives its pooled rows, and how.
+
+    Args:
+        bags: bags of one sample; more than one where a sequence is used before it is pooled.
+        pooling: ids of one bag, on average.
+        jagged: bags differ in length.
+        weighted: each id has a weight.
+        group: which lookups it is exchanged with: those with as many bags.
+    """
 
     name: str
     table: str
@@ -34,6 +51,10 @@ class Feature:
     mode: str
     sparse: bool
     pooling: float
+    bags: float = 1.0
+    jagged: bool = True
+    weighted: bool = False
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,8 +86,8 @@ class EmbeddingGraph:
     def __init__(self) -> None:
         self.graph: nx.DiGraph[Any] = nx.DiGraph()
         self.unmatched: list[Unmatched] = []
-        self.interaction: Interaction | None = None
-        self.checked_inputs: list[str] = []  # graph inputs whose number of samples check_batch compares
+        self.interactions: list[Interaction] = []
+        self.checked_inputs: list[list[str]] = []  # graph inputs whose dimension 0 check_batch compares, by group
         self.batch_size = 0  # samples of the batch that was captured; 0 where it cannot be seen
 
     def add_table(self, table: Table) -> None:
@@ -78,14 +99,19 @@ class EmbeddingGraph:
         self.graph.add_edge(("table", feature.table), ("feature", feature.name))
         self.graph.nodes["feature", feature.name]["item"] = feature
 
-    def set_interaction(self, interaction: Interaction) -> None:
-        """Say what joins the features."""
-        self.interaction = interaction
+    def add_interaction(self, interaction: Interaction) -> None:
+        """Say what is computed of joined features; the first is the model's main interaction."""
+        self.interactions.append(interaction)
         key = ("interaction", interaction.node)
         self.graph.add_node(key, item=interaction)
         for name in interaction.features:
             self.graph.add_edge(("feature", name), key)
         self.graph.add_edge(key, ("over_arch", "output"))
+
+    @property
+    def interaction(self) -> Interaction | None:
+        """The model's main interaction."""
+        return self.interactions[0] if self.interactions else None
 
     @property
     def tables(self) -> list[Table]:
@@ -102,6 +128,7 @@ class EmbeddingGraph:
         specs = []
         for table in self.tables:
             features = [f for f in self.features if f.table == table.name]
+            bags = sum(f.bags for f in features)
             specs.append(
                 TableSpec(
                     name=table.name,
@@ -109,7 +136,10 @@ class EmbeddingGraph:
                     dim=table.dim,
                     dtype=str(table.dtype).removeprefix("torch."),
                     features=len(features),
-                    pooling=round(sum(f.pooling for f in features) / max(len(features), 1), 3),
+                    pooling=round(sum(f.pooling * f.bags for f in features) / max(bags, 1e-9), 3),
+                    bags=round(bags / max(len(features), 1), 3),
+                    jagged=round(sum(f.bags for f in features if f.jagged) / max(bags, 1e-9), 3),
+                    weighted=round(sum(f.bags for f in features if f.weighted) / max(bags, 1e-9), 3),
                 )
             )
         return tuple(specs)

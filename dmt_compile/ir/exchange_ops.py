@@ -9,6 +9,7 @@ features side by side.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 
 from dmt_compile.errors import CollectiveError
 from dmt_compile.ir.ops import FreshSizes, operator, requires_grad
+from dmt_compile.kernels.batched_lookup.reference import Pooling
 from dmt_compile.runtime import world as runtime
-from dmt_compile.runtime.checks import Fault, bag_lengths, find_fault
+from dmt_compile.runtime.checks import Fault, bag_bounds, find_fault, number_of_bags, trim
 from dmt_compile.runtime.route import HEADER_FIELDS, Layout, Route, make_layout
 
 
@@ -35,9 +37,16 @@ class FakeRoute:
 
 
 @operator(lambda sizes, *args: make_layout(*args))
-def layout(hosts: int, local_ranks: int, owners: tuple[int, ...], widths: tuple[int, ...]) -> Layout:
-    """Return the static layout: tower groups x ranks in a group, each feature's owner and width."""
-    return make_layout(hosts, local_ranks, owners, widths)
+def layout(
+    hosts: int,
+    local_ranks: int,
+    owners: tuple[int, ...],
+    widths: tuple[int, ...],
+    jagged: tuple[bool, ...],
+    weighted: tuple[bool, ...],
+) -> Layout:
+    """Return the static layout: tower groups x ranks in a group; each feature's owner, width and what it sends."""
+    return make_layout(hosts, local_ranks, owners, widths, jagged, weighted)
 
 
 def _fake_pack_ids(sizes: FreshSizes, layout: Any, ids: Any, offsets: Any, *rest: Any) -> Any:
@@ -49,32 +58,37 @@ def _fake_pack_ids(sizes: FreshSizes, layout: Any, ids: Any, offsets: Any, *rest
 def pack_ids(
     layout: Layout,
     ids: Sequence[torch.Tensor],
-    offsets: Sequence[torch.Tensor],
+    offsets: Sequence[torch.Tensor | None],
+    how: tuple[Pooling, ...],
+    weights: Sequence[torch.Tensor | None],
     others: Sequence[torch.Tensor],
-    rows: tuple[int, ...],
+    rows: tuple[tuple[int, int], ...],
     check_ids: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return this rank's bag lengths and ids, by owner, and the header that announces them.
 
-    A fault in the batch does not raise here: it rides in the header, so that every rank raises it.
+    A fault in the batch does not raise here: it rides in the header, so that every rank raises it. The arguments are
+    those of ``check_batch``.
 
     Returns:
         1-D int64 payload, for each owner its features' bag lengths, then their ids; and the (ranks, fields) int64
         header on the CPU.
     """
     execution = runtime.current()
-    fault = find_fault(ids, offsets, others, rows, check_ids)
-    words = (execution.fingerprint, len(offsets[0]), *_fault_words(fault), execution.checksum())
+    fault = find_fault(ids, offsets, how, weights, others, rows, check_ids)
+    bags = number_of_bags(ids[0], offsets[0], how[0])
+    words = (execution.fingerprint, bags, *_fault_words(fault), execution.checksum())
     header = torch.zeros(layout.topology.world_size, len(HEADER_FIELDS) + layout.most_features, dtype=torch.int64)
     header[:, : len(words)] = torch.tensor(words)
     if fault is not None:
         return ids[0].new_empty(0, dtype=torch.int64), header
-    lengths_FB = bag_lengths(ids, offsets)
+    read = trim(ids, offsets, how)
     pieces: list[torch.Tensor] = []
     for rank, features in enumerate(layout.features_by_rank):
-        counts = torch.tensor([len(ids[i]) for i in features], dtype=torch.int64)
+        counts = torch.tensor([len(read[i]) for i in features], dtype=torch.int64)
         header[rank, len(words) : len(words) + len(features)] = counts
-        pieces += [lengths_FB[i] for i in features] + [ids[i].long() for i in features]
+        pieces += [bag_bounds(read[i], offsets[i], how[i]).diff() for i in features if layout.jagged[i]]
+        pieces += [read[i].long() for i in features]
     return torch.cat(pieces), header
 
 
@@ -83,7 +97,7 @@ def _fault_words(fault: Fault | None) -> tuple[int, int, int, int]:
 
 
 @operator(lambda sizes, header, *rest: torch.empty_like(header), collective=True)
-def exchange_headers(header: torch.Tensor, rows: tuple[int, ...], labels: tuple[str, ...]) -> torch.Tensor:
+def exchange_headers(header: torch.Tensor, rows: tuple[tuple[int, int], ...], labels: tuple[str, ...]) -> torch.Tensor:
     """Exchange one header row with every rank and raise, on all ranks alike, what any of them found.
 
     Returns:
@@ -102,7 +116,7 @@ def exchange_headers(header: torch.Tensor, rows: tuple[int, ...], labels: tuple[
     return headers
 
 
-def check_headers(headers: torch.Tensor, rows: tuple[int, ...], labels: tuple[str, ...]) -> None:
+def check_headers(headers: torch.Tensor, rows: tuple[tuple[int, int], ...], labels: tuple[str, ...]) -> None:
     """Raise what the headers of all ranks report; equal on every rank."""
     columns = {name: headers[:, i].tolist() for i, name in enumerate(HEADER_FIELDS)}
     other = [rank for rank, value in enumerate(columns["fingerprint"]) if value != columns["fingerprint"][0]]
@@ -132,12 +146,13 @@ def route(layout: Layout, sent: torch.Tensor, received: torch.Tensor, batch_size
     """Return the sizes of this step's exchanges from the headers that this rank sent and received."""
     rank, first = runtime.current().world.rank, len(HEADER_FIELDS)
     rows: list[list[int]] = received.tolist()
+    counts: list[list[int]] = sent[:, first:].tolist()
     mine = len(layout.features_by_rank[rank])
     return Route(
         layout=layout,
         rank=rank,
         batch_sizes=tuple(row[HEADER_FIELDS.index("batch_size")] for row in rows),
-        sent_ids=tuple(sent[:, first:].sum(1).tolist()),
+        sent_ids=tuple(tuple(row[: len(f)]) for row, f in zip(counts, layout.features_by_rank, strict=True)),
         received_ids=tuple(tuple(row[first : first + mine]) for row in rows),
     )
 
@@ -153,7 +168,7 @@ def all_to_all(tensor: torch.Tensor, route: Route, hop: str, group: str, dtype: 
     Args:
         tensor: contiguous; its elements in the order of the group's ranks.
         route: holds the element counts of ``hop``.
-        hop: ``ids`` (step a), ``intra`` (step d) or ``peer`` (step f).
+        hop: ``ids`` or ``weights`` (step a), ``intra`` (step d) or ``peer`` (step f).
         group: ``world``, ``intra`` or ``peer``.
         dtype: the element type on the wire; equal to the tensor's.
 
@@ -185,8 +200,9 @@ class _AllToAll(torch.autograd.Function):
 
 def _fake_unpack_ids(sizes: FreshSizes, received: Any, route: Any) -> Any:
     out: list[Any] = []
-    for _ in route.layout.owners:
-        out += [received.new_empty(sizes.make()), received.new_empty(route.global_batch_size)]
+    for jagged in route.layout.jagged:
+        ids = received.new_empty(sizes.make() if jagged else route.global_batch_size)
+        out += [ids, received.new_empty(route.global_batch_size) if jagged else None]
     return tuple(out)
 
 
@@ -195,20 +211,58 @@ def unpack_ids(received: torch.Tensor, route: Route) -> tuple[torch.Tensor | Non
     """Return (ids, offsets) of every feature over the samples of all ranks, in rank order.
 
     Returns:
-        2F entries: ids (N,) and offsets (G,) int64 of each feature; ``None`` twice where another rank owns it.
+        2F entries: ids (N,) and offsets (G,) int64 of each feature, ``None`` for offsets where each bag has one id;
+        ``None`` twice where another rank owns it.
     """
-    features = route.layout.features_by_rank[route.rank]
+    layout = route.layout
+    features = layout.features_by_rank[route.rank]
+    jagged = [feature for feature in features if layout.jagged[feature]]
     sizes = [
         size
         for batch_size, counts in zip(route.batch_sizes, route.received_ids, strict=True)
-        for size in (*(batch_size for _ in features), *counts)
+        for size in (*(batch_size for _ in jagged), *counts)
     ]
     pieces = received.split(sizes)
-    out: list[torch.Tensor | None] = [None] * (2 * len(route.layout.owners))
+    step = len(jagged) + len(features)
+    out: list[torch.Tensor | None] = [None] * (2 * len(layout.owners))
     for position, feature in enumerate(features):
-        lengths_G = torch.cat(pieces[position :: 2 * len(features)])
-        out[2 * feature] = torch.cat(pieces[len(features) + position :: 2 * len(features)])
+        out[2 * feature] = torch.cat(pieces[len(jagged) + position :: step])
+    for position, feature in enumerate(jagged):
+        lengths_G = torch.cat(pieces[position::step])
         out[2 * feature + 1] = lengths_G.cumsum(0) - lengths_G
+    return tuple(out)
+
+
+@operator(lambda sizes, weights, offsets, how, route: requires_grad(weights[0].new_empty(sizes.make()), *weights))
+def pack_weights(
+    weights: Sequence[torch.Tensor], offsets: Sequence[torch.Tensor], how: tuple[Pooling, ...], route: Route
+) -> torch.Tensor:
+    """Return the weights of this rank's ids, by owner, 1-D; ``weights``: of the weighted features, in order."""
+    layout = route.layout
+    ordered = [feature for feature, weighted in enumerate(layout.weighted) if weighted]
+    read = dict(zip(ordered, trim(weights, offsets, how), strict=True))
+    return torch.cat([read[i] for features in layout.features_by_rank for i in features if i in read])
+
+
+@operator(
+    lambda sizes, received, route: tuple(
+        requires_grad(received.new_empty(sizes.make()), received) if weighted else None
+        for weighted in route.layout.weighted
+    )
+)
+def unpack_weights(received: torch.Tensor, route: Route) -> tuple[torch.Tensor | None, ...]:
+    """Return each feature's weights over the samples of all ranks, ``None`` without weights.
+
+    Where another rank owns the table they are empty, but still a part of the backward pass, in which all ranks exchange
+    gradients.
+    """
+    layout = route.layout
+    features = [feature for feature in layout.features_by_rank[route.rank] if layout.weighted[feature]]
+    sizes = [size for counts in route.received_ids for size in route.weights_of(route.rank, counts)]
+    pieces = received.split(sizes)
+    out = [received[:0] if weighted else None for weighted in layout.weighted]
+    for position, feature in enumerate(features):
+        out[feature] = torch.cat(pieces[position :: len(features)])
     return tuple(out)
 
 
@@ -216,17 +270,22 @@ def unpack_ids(received: torch.Tensor, route: Route) -> tuple[torch.Tensor | Non
 
 
 def _fake_join_features(sizes: FreshSizes, pooled: Any, route: Any) -> Any:
-    return requires_grad(pooled[0].new_empty(route.global_batch_size, sizes.make()), *pooled)
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in pooled))
+    return requires_grad(pooled[0].new_empty(route.global_batch_size, sizes.make(), dtype=dtype), *pooled)
 
 
 @operator(_fake_join_features)
 def join_features(pooled: Sequence[torch.Tensor], route: Route) -> torch.Tensor:
     """Return the pooled features that this rank owns side by side, (G, W), rows in rank order (end of step b)."""
-    owned = [pooled[feature] for feature in route.layout.features_by_rank[route.rank]]
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in pooled))
+    owned = [pooled[feature].to(dtype) for feature in route.layout.features_by_rank[route.rank]]
     if owned:
         return torch.cat(owned, dim=1)
     # Nothing owned: no columns, but still a part of the backward pass, in which all ranks exchange gradients.
-    return pooled[0].new_empty(route.global_batch_size, 0) + torch.stack([part.sum() for part in pooled]).sum()
+    return (
+        pooled[0].new_empty(route.global_batch_size, 0, dtype=dtype)
+        + torch.stack([part.sum() for part in pooled]).sum()
+    )
 
 
 @operator(lambda sizes, joined, route: joined.clone())
@@ -273,6 +332,28 @@ def scale_gradient(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     The objective is the mean over ranks of each rank's loss, so every gradient carries 1 / number of ranks.
     """
     out: torch.Tensor = _ScaleGradient.apply(tensor, factor)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _ScaleByFrequency(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(ids_N)
+        return rows_ND.view_as(rows_ND)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        _, places_N, counts = torch.unique(ctx.saved_tensors[0], return_inverse=True, return_counts=True)
+        return grads[0] / counts[places_N].unsqueeze(1), None
+
+
+@operator(lambda sizes, rows_ND, ids_N: rows_ND.view_as(rows_ND))
+def scale_by_frequency(rows_ND: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+    """Return the rows as they are; their gradients are divided by how often each id occurs in this rank's batch.
+
+    This is ``scale_grad_by_freq`` as every rank's own flat model understands it.
+    """
+    out: torch.Tensor = _ScaleByFrequency.apply(rows_ND, ids_N)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils._pytree import tree_map
 
 from dmt_compile import torch_internals
-from dmt_compile.ir.ops import OPERATORS, FreshSizes
+from dmt_compile.ir.ops import OPERATORS, FreshSizes, requires_grad
 from dmt_compile.torch_internals import FakeTensor, FakeTensorMode, ShapeEnv
 
 
@@ -67,6 +67,8 @@ class FakeEnvironment:
     def call(self, op: str, target: Any, args: Any, kwargs: Any, gm: fx.GraphModule) -> Any:
         """Return the value of calling a node's target on fake values."""
         operator = OPERATORS.get(target) if op == "call_function" else None
+        if target in _LOOKUPS and op == "call_function":
+            return _fake_lookup(target, *args, **kwargs)
         with self.mode, torch_internals.enable_python_dispatcher():  # composite operators keep symbolic sizes then
             if operator is not None:
                 return operator.fake(self._sizes, *args, **kwargs)
@@ -89,6 +91,22 @@ class FakeEnvironment:
                 node.meta["val"] = fx.map_arg(node.args[0], lambda n: n.meta["val"])
             else:
                 node.meta["val"] = self.derive(node, gm)
+
+
+_F = torch.nn.functional
+_LOOKUPS = (_F.embedding_bag, _F.embedding)
+
+
+def _fake_lookup(target: Any, input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return what a lookup gives; PyTorch's own rule takes milliseconds, too many for a model of a thousand tables."""
+    shape = (*input.shape, weight.shape[1])
+    if target is _F.embedding_bag:
+        offsets: Any = args[0] if args else kwargs.get("offsets")
+        last = args[7] if len(args) > 7 else kwargs.get("include_last_offset", False)
+        bags = input.shape[0] if input.ndim == 2 else offsets.shape[0] - bool(last)
+        shape = (bags, weight.shape[1])
+    weights = args[6] if len(args) > 6 else kwargs.get("per_sample_weights")
+    return requires_grad(weight.new_empty(shape), weight, weights)
 
 
 def describe(value: Any) -> str:

@@ -13,6 +13,7 @@ several features side by side.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 
 from dmt_compile.kernels.batched_lookup import op as batched
-from dmt_compile.runtime.checks import find_fault
+from dmt_compile.kernels.batched_lookup.op import Pooling
+from dmt_compile.runtime.checks import find_fault, trim
 from dmt_compile.runtime.route import Layout, Route
 
 
@@ -54,43 +56,58 @@ def operator(fake: Callable[..., Any], collective: bool = False) -> Callable[[Ca
 
 def requires_grad(out: torch.Tensor, *tensors: Any) -> torch.Tensor:
     needed = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
-    return out.requires_grad_() if needed else out
+    return out.requires_grad_().clone() if needed else out  # no leaf: the model may go on in place
 
 
-def _fake_check_batch(sizes: FreshSizes, ids: Any, offsets: Any, *rest: Any) -> Any:
-    return (*ids, *offsets)
+def _fake_check_batch(sizes: FreshSizes, ids: Any, offsets: Any, how: Any, *rest: Any) -> Any:
+    ends = [h.last_offset for h in how]
+    out_ids = [i.new_empty(sizes.make()) if last else i for i, last in zip(ids, ends, strict=True)]
+    return (*out_ids, *(o[:-1] if last else o for o, last in zip(offsets, ends, strict=True)))
 
 
 @operator(_fake_check_batch)
 def check_batch(
     ids: Sequence[torch.Tensor],
-    offsets: Sequence[torch.Tensor],
+    offsets: Sequence[torch.Tensor | None],
+    how: tuple[Pooling, ...],
+    weights: Sequence[torch.Tensor | None],
     others: Sequence[torch.Tensor],
-    rows: tuple[int, ...],
+    rows: tuple[tuple[int, int], ...],
     labels: tuple[str, ...],
     check_ids: bool,
-) -> tuple[torch.Tensor, ...]:
-    """Return the ids, then the offsets, after checking sizes, offsets and ids against the tables.
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the ids, then the starts of the bags, after checking sizes, offsets and ids against the tables.
 
     Args:
         ids: per feature (N,) integer.
-        offsets: per feature (B,) integer.
+        offsets: per feature (B,) integer, (B + 1,) where ``how`` says so, or ``None`` for one id a bag.
+        how: per feature.
+        weights: per feature (N,) or ``None``; only their sizes are looked at.
         others: the model's other inputs of B samples.
-        rows: rows of each feature's table.
+        rows: per feature the first and the end of the rows it may read.
         labels: the table of each feature, then a name for each of ``others``.
         check_ids: look at the ids and offsets, not at sizes alone.
 
     Raises:
         BatchError: names table, position and bound.
     """
-    fault = find_fault(ids, offsets, others, rows, check_ids)
+    fault = find_fault(ids, offsets, how, weights, others, rows, check_ids)
     if fault is not None:
         raise fault.error(labels, rows)
-    return (*ids, *offsets)
+    starts = (o[:-1] if o is not None and h.last_offset else o for o, h in zip(offsets, how, strict=True))
+    return (*trim(ids, offsets, how), *starts)
 
 
-def _fake_lookup(sizes: FreshSizes, table: Any, ids: Any, offsets: Any, *rest: Any) -> Any:
-    return requires_grad(table.new_empty(offsets.shape[0], table.shape[1]), table)
+@operator(lambda sizes, ids_BL: ids_BL.new_empty(ids_BL.shape[0]))
+def even_offsets(ids_BL: torch.Tensor) -> torch.Tensor:
+    """Return the offsets (B,) of bags that all have L ids."""
+    bags, length = ids_BL.shape
+    return torch.arange(bags, dtype=ids_BL.dtype, device=ids_BL.device) * length
+
+
+def _fake_lookup(sizes: FreshSizes, table: Any, ids: Any, offsets: Any, weights: Any, how: Any) -> Any:
+    bags = ids.shape[0] if offsets is None else offsets.shape[0] - how.last_offset
+    return requires_grad(table.new_empty(bags, table.shape[1]), table, weights)
 
 
 @operator(_fake_lookup)
@@ -98,24 +115,30 @@ def lookup(
     table: torch.Tensor,
     ids: torch.Tensor | None,
     offsets: torch.Tensor | None,
-    weights: None,
-    mode: str,
-    sparse: bool,
-    padding_idx: int | None,
+    weights: torch.Tensor | None,
+    how: Pooling,
 ) -> torch.Tensor:
     """Return one pooled row per bag, (B, D); (0, 0) with ids ``None``, where another rank owns the table.
 
-    ``torch.nn.functional.embedding_bag`` defines the meaning of every argument. ``weights`` (per-sample weights) is
-    reserved; ``find_tables`` leaves weighted lookups flat.
+    ``torch.nn.functional.embedding_bag``, and with offsets ``None`` ``torch.nn.functional.embedding``, define the
+    meaning of every argument.
     """
-    bags = 0 if offsets is None else len(offsets)
-    return batched.batched_lookup([table], [ids], [offsets], (batched.Pooling(mode, sparse, padding_idx),), bags)
+    if how.last_offset and ids is not None and offsets is not None:
+        ids, offsets = trim([ids], [offsets], [how])[0], offsets[:-1]
+    bags = 0 if ids is None else len(ids) if offsets is None else len(offsets)
+    return batched.batched_lookup([table], [ids], [offsets], (how,), bags, [weights])
 
 
-def _fake_batched_lookup(sizes: FreshSizes, tables: Any, ids: Any, offsets: Any, pooling: Any, route: Any) -> Any:
-    bags = offsets[0].shape[0]
-    width = sum(table.shape[1] for table in tables) if route is None else sizes.make()
-    return requires_grad(tables[0].new_empty(bags, width), *tables)
+def _fake_batched_lookup(
+    sizes: FreshSizes, tables: Any, ids: Any, offsets: Any, weights: Any, pooling: Any, route: Any
+) -> Any:
+    dtype = functools.reduce(torch.promote_types, (table.dtype for table in tables))
+    if route is None:
+        bags = ids[0].shape[0] if offsets[0] is None else offsets[0].shape[0]
+        width = sum(table.shape[1] for table in tables)
+    else:
+        bags, width = route.global_batch_size, sizes.make()
+    return requires_grad(tables[0].new_empty(bags, width, dtype=dtype), *tables, *weights)
 
 
 @operator(_fake_batched_lookup)
@@ -123,7 +146,8 @@ def batched_lookup(
     tables: Sequence[torch.Tensor],
     ids: Sequence[torch.Tensor | None],
     offsets: Sequence[torch.Tensor | None],
-    pooling: tuple[tuple[str, bool, int | None], ...],
+    weights: Sequence[torch.Tensor | None],
+    pooling: tuple[Pooling, ...],
     route: Route | None,
 ) -> torch.Tensor:
     """Look up all features that this rank owns and join them: (B or G, W).
@@ -131,13 +155,17 @@ def batched_lookup(
     Args:
         tables: the table of each feature.
         ids: per feature (N_f,), ``None`` where another rank owns the table.
-        offsets: per feature (B,) or (G,), ``None`` likewise.
-        pooling: (mode, sparse, padding_idx) of each feature.
+        offsets: per feature (B,) or (G,), ``None`` likewise, and for one id a bag.
+        weights: per feature (N_f,), or ``None``.
+        pooling: of each feature.
         route: the step's route where features are spread over ranks.
     """
-    first = offsets[0]
-    bags = route.global_batch_size if route is not None else 0 if first is None else len(first)
-    return batched.batched_lookup(tables, ids, offsets, tuple(batched.Pooling(*p) for p in pooling), bags)
+    if route is not None:
+        bags = route.global_batch_size
+    else:
+        starts = ids[0] if offsets[0] is None else offsets[0]
+        bags = 0 if starts is None else len(starts)
+    return batched.batched_lookup(tables, ids, offsets, tuple(pooling), bags, weights)
 
 
 def _fake_split_features(sizes: FreshSizes, joined: Any, layout: Any, widths: Any = None) -> Any:

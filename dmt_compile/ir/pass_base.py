@@ -5,6 +5,7 @@ A pass never verifies, times, logs graphs or reads the environment: the driver i
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,15 @@ class PassContext:
     environment: FakeEnvironment = field(default_factory=FakeEnvironment)
     embedding_graph: EmbeddingGraph = field(default_factory=EmbeddingGraph)
     plan: TowerPlan | None = None
+    captured_inputs: list[str] = field(default_factory=list)
+    captured_outputs: Any = None
+
+    def begin(self, gm: fx.GraphModule) -> None:
+        """Derive the metadata of a captured graph, and remember what its rewrites must keep."""
+        self.environment.annotate(gm)
+        self.captured_inputs = [node.name for node in placeholders(gm)]
+        output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+        self.captured_outputs = output.meta["val"]
 
     @property
     def distributed(self) -> bool:
@@ -115,6 +125,70 @@ def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if node.op == "placeholder"]
 
 
+# What gives the same values in another layout or type, or a part of them.
+VIEWS = {
+    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "to", "float", "chunk"),
+    *(
+        "transpose",
+        "permute",
+        "swapaxes",
+        "t",
+        "mT",
+        "getitem",
+        "split",
+        "dropout",
+        "expand",
+        "narrow",
+        "select",
+        "getattr",
+    ),
+}
+
+
+JOINS = {"cat", "concat", "concatenate", "stack", "hstack"}
+
+
+def name_of(node: fx.Node) -> str:
+    """Return what a node calls, without module and overload."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def views_of(node: fx.Node) -> set[fx.Node]:
+    """Return a node and all views of it."""
+    found = {node}
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            if name_of(user) in VIEWS and user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def only_joined(node: fx.Node) -> bool:
+    """Tell whether a node and its views are read by ``cat`` and ``stack`` alone.
+
+    These copy anyway. Anything else gets a feature in memory of its own, not as columns of a joined tensor: a matrix
+    product of rows that lie apart is not bitwise that of the same rows side by side, and nothing may write in place to
+    what other features share.
+    """
+    views = views_of(node)
+    return all(name_of(user) in JOINS for view in views for user in view.users if user not in views)
+
+
+def mutates(node: fx.Node) -> bool:
+    """Tell whether a node changes its first argument in place."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    return node.op == "call_function" and (node.target in _IN_PLACE or bool(node.kwargs.get("inplace")))
+
+
+_IN_PLACE = {
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
+    *(operator.iand, operator.ior, operator.ixor, operator.setitem),
+}
+
+
 def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """Return all nodes that ``nodes`` depend on, themselves included."""
     found: set[fx.Node] = set()
@@ -125,6 +199,34 @@ def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
+
+
+def dependents(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Return all nodes that depend on one of ``nodes``, these included."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.users)
+    return found
+
+
+def nodes_in(value: Any) -> list[fx.Node]:
+    """Return the nodes among a node's arguments, nested and repeated ones too."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found
+
+
+def erase_unused(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Erase a node without users, and what it alone used; operators of ours too, which no clean-up would drop."""
+    sources = node.all_input_nodes
+    if not node.users and node.op not in ("placeholder", "output"):
+        gm.graph.erase_node(node)
+        for source in sources:
+            erase_unused(gm, source)
 
 
 def sort_graph(gm: fx.GraphModule) -> None:

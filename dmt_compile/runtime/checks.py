@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from dmt_compile.errors import BatchError
+from dmt_compile.kernels.batched_lookup.reference import Pooling
 
-ID_RANGE, OFFSETS, BATCH_SIZE, RAISED = 1, 2, 3, 4
+ID_RANGE, OFFSETS, BATCH_SIZE, WEIGHTS = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,13 @@ class Fault:
     position: int = 0
     value: int = 0
 
-    def error(self, labels: Sequence[str], rows: Sequence[int], where: str = "") -> BatchError:
+    def error(self, labels: Sequence[str], rows: Sequence[tuple[int, int]], where: str = "") -> BatchError:
         """Return the error that names the table, the position and the bound."""
         name = labels[self.feature]
         if self.kind == ID_RANGE:
+            first, end = rows[self.feature]
             return BatchError(
-                f"check_batch: expected ids of table {name} in [0, {rows[self.feature]}), found {self.value} at "
+                f"check_batch: expected ids of table {name} in [{first}, {end}), found {self.value} at "
                 f"position {self.position}{where}; nothing was updated, map unknown ids to a row of the table"
             )
         if self.kind == OFFSETS:
@@ -34,8 +36,11 @@ class Fault:
                 f"check_batch: expected offsets of table {name} that start at 0 and grow to at most the number of ids, "
                 f"found a bag of {self.value} ids at position {self.position}{where}; nothing was updated"
             )
-        if self.kind == RAISED:
-            return BatchError(f"check_batch: expected every rank to reach its lookups, found an exception{where}")
+        if self.kind == WEIGHTS:
+            return BatchError(
+                f"check_batch: expected one weight for each of {self.position} ids of table {name}, found "
+                f"{self.value}{where}; nothing was updated"
+            )
         return BatchError(
             f"check_batch: expected {self.position} samples in every input, found {self.value} in {name}{where}; "
             "nothing was updated"
@@ -44,58 +49,91 @@ class Fault:
 
 def find_fault(
     ids: Sequence[torch.Tensor],
-    offsets: Sequence[torch.Tensor],
+    offsets: Sequence[torch.Tensor | None],
+    how: Sequence[Pooling],
+    weights: Sequence[torch.Tensor | None],
     others: Sequence[torch.Tensor],
-    rows: Sequence[int],
+    rows: Sequence[tuple[int, int]],
     check_ids: bool,
 ) -> Fault | None:
     """Return the first fault of a batch, or ``None``.
 
     Args:
         ids: per feature (N_f,) integer ids.
-        offsets: per feature (B,) integer starts of the bags.
+        offsets: per feature (B,) integer starts of the bags, (B + 1,) with the last one's end, or ``None`` for one id a
+            bag.
+        how: per feature.
+        weights: per feature (N_f,) or ``None``.
         others: the model's other inputs of B samples.
-        rows: rows of each feature's table.
+        rows: per feature the first and the end of the rows it may read.
         check_ids: look at the ids and offsets too, not at sizes alone.
 
     Cost: one pass over ids and offsets, one synchronisation with the device.
     """
-    sizes = [len(tensor) for tensor in (*offsets, *others)]
+    sizes = [*map(number_of_bags, ids, offsets, how), *map(len, others)]
     for index, size in enumerate(sizes):
         if size != sizes[0]:
             return Fault(BATCH_SIZE, index, sizes[0], size)
+    for index, (found, factors) in enumerate(zip(ids, weights, strict=True)):
+        if factors is not None and len(factors) != len(found):
+            return Fault(WEIGHTS, index, len(found), len(factors))
     if not ids or not check_ids:
         return None
+    jagged = [index for index, starts in enumerate(offsets) if starts is not None]
     if sizes[0] == 0:
-        return next((Fault(OFFSETS, index, 0, len(found)) for index, found in enumerate(ids) if len(found)), None)
-    lengths_FB = bag_lengths(ids, offsets)
-    starts_F = torch.stack([feature_offsets[0] for feature_offsets in offsets])
+        read = trim(ids, offsets, how)
+        return next((Fault(OFFSETS, index, 0, len(read[index])) for index in jagged if len(read[index])), None)
+    bags = [bag_bounds(ids[index], offsets[index], how[index]) for index in jagged]
     filled = [index for index, feature_ids in enumerate(ids) if len(feature_ids)]
-    ranges = [torch.stack(torch.aminmax(ids[index])) for index in filled]
-    extremes_F2 = torch.stack(ranges) if ranges else starts_F.new_zeros(0, 2)
-    bad_offsets = (lengths_FB < 0).any() | (starts_F != 0).any()
-    report = torch.cat([extremes_F2.long().reshape(-1), bad_offsets.long().reshape(1)]).tolist()
-    if report[-1]:
-        return _offsets_fault(lengths_FB, starts_F)
+    words = [torch.stack(torch.aminmax(ids[index])).long() for index in filled]
+    if bags:
+        bounds = torch.stack(bags)
+        ends_F = torch.tensor([len(ids[index]) for index in jagged], device=bounds.device)
+        bad_offsets = (bounds.diff(dim=1) < 0).any() | (bounds[:, 0] != 0).any() | (bounds[:, -1] > ends_F).any()
+        words.append(bad_offsets.long().reshape(1))
+    report = torch.cat(words).tolist() if words else []
+    if bags and report[-1]:
+        return _offsets_fault(jagged, bags, [len(ids[index]) for index in jagged])
     for position, index in enumerate(filled):
-        lowest, highest = report[2 * position : 2 * position + 2]
-        if lowest < 0 or highest >= rows[index]:
-            outside_N = (ids[index] < 0) | (ids[index] >= rows[index])
-            first = int(outside_N.nonzero()[0])
-            return Fault(ID_RANGE, index, first, int(ids[index][first]))
+        (lowest, highest), (first, end) = report[2 * position : 2 * position + 2], rows[index]
+        if lowest < first or highest >= end:
+            outside_N = (ids[index] < first) | (ids[index] >= end)
+            where = int(outside_N.nonzero()[0])
+            return Fault(ID_RANGE, index, where, int(ids[index][where]))
     return None
 
 
-def _offsets_fault(lengths_FB: torch.Tensor, starts_F: torch.Tensor) -> Fault:
-    if bool((starts_F != 0).any()):
-        feature = int((starts_F != 0).nonzero()[0])
-        return Fault(OFFSETS, feature, 0, int(lengths_FB[feature, 0]))
-    feature, position = (int(index) for index in (lengths_FB < 0).nonzero()[0])
-    return Fault(OFFSETS, feature, position, int(lengths_FB[feature, position]))
+def _offsets_fault(jagged: Sequence[int], bags: Sequence[torch.Tensor], numbers_of_ids: Sequence[int]) -> Fault:
+    for index, bounds, number in zip(jagged, bags, numbers_of_ids, strict=True):
+        lengths = bounds.diff()
+        if bounds[0] != 0:
+            return Fault(OFFSETS, index, 0, int(lengths[0]))
+        if bool((lengths < 0).any()):
+            position = int((lengths < 0).nonzero()[0])
+            return Fault(OFFSETS, index, position, int(lengths[position]))
+        if bounds[-1] > number:
+            return Fault(OFFSETS, index, len(lengths) - 1, int(lengths[-1]))
+    raise AssertionError("some offsets are faulty")
 
 
-def bag_lengths(ids: Sequence[torch.Tensor], offsets: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the number of ids in each bag, (F, B) int64."""
-    starts_FB = torch.stack([feature_offsets.long() for feature_offsets in offsets])
-    ends_F1 = torch.tensor([[len(feature_ids)] for feature_ids in ids], device=starts_FB.device)
-    return torch.cat([starts_FB[:, 1:], ends_F1], dim=1) - starts_FB
+def number_of_bags(ids: torch.Tensor, offsets: torch.Tensor | None, how: Pooling) -> int:
+    """Return B of one feature."""
+    return len(ids) if offsets is None else len(offsets) - how.last_offset
+
+
+def bag_bounds(ids: torch.Tensor, offsets: torch.Tensor | None, how: Pooling) -> torch.Tensor:
+    """Return where the bags of one jagged feature start, and where the last one ends: (B + 1,) int64."""
+    assert offsets is not None
+    starts = offsets.long()
+    return starts if how.last_offset else torch.nn.functional.pad(starts, (0, 1), value=len(ids))
+
+
+def trim(
+    ids: Sequence[torch.Tensor], offsets: Sequence[torch.Tensor | None], how: Sequence[Pooling]
+) -> list[torch.Tensor]:
+    """Return each feature's ids without those behind the end of its last bag."""
+    out = list(ids)
+    for index, (starts, pooling) in enumerate(zip(offsets, how, strict=True)):
+        if pooling.last_offset and starts is not None:
+            out[index] = ids[index][: max(int(starts[-1]), 0)]
+    return out

@@ -10,7 +10,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from dmt_compile.capture import Capture
 from dmt_compile.config import Options
 from dmt_compile.errors import DmtError, UnsupportedGraphError
 from dmt_compile.inspection.dumps import GraphDump
+from dmt_compile.ir.embedding_graph import Table
 from dmt_compile.ir.pass_base import calls
 from dmt_compile.ir.stages import Stage
 from dmt_compile.plan import TableSpec, TowerPlan
@@ -96,12 +97,13 @@ class DistributedSession:
         if state is not None and self._failure is None and not _reads_whole_tables(capture):
             return False
         specs: tuple[TableSpec, ...] = ()
-        tables: dict[str, torch.Tensor] = {}
+        tables: list[Table] = []
         if self._failure is None:
             try:
                 graph = run(Stage.FLAT)[0].embedding_graph
-                tables = {t.name: t.parameter for t in graph.tables if not isinstance(t.parameter, ShardedTable)}
-                specs = tuple(spec for spec in graph.table_specs() if spec.name in tables)
+                tables = [table for table in graph.tables if not isinstance(table.parameter, ShardedTable)]
+                names = {table.name for table in tables}
+                specs = tuple(spec for spec in graph.table_specs() if spec.name in names)
             except DmtError as error:
                 self._failure = error
         if state is not None and not tables:
@@ -114,7 +116,7 @@ class DistributedSession:
             world = ProcessWorld(self.topology, groups, self.options.first_timeout_s)
             state = ModelState(plan, world)
         else:
-            state.plan = _merge(state.plan, plan)
+            state.plan = state.plan.merge(plan)
         self._take_over(capture, state, tables)
         state.newly_sharded = True
         return True
@@ -134,10 +136,10 @@ class DistributedSession:
             self.options.first_timeout_s,
         )
 
-    def _take_over(self, capture: Capture, state: ModelState, tables: dict[str, torch.Tensor]) -> None:
+    def _take_over(self, capture: Capture, state: ModelState, tables: list[Table]) -> None:
         model = capture.outer
         everything = [] if model is None else [*model.parameters(), *model.buffers()]
-        own = {id(parameter) for parameter in tables.values()}
+        own = {id(table.parameter) for table in tables}
         fresh = [t for t in everything if id(t) not in own and state_of(t) is None and not isinstance(t, ShardedTable)]
         replicate(fresh, state.world)
         capture.parameters.clear()  # what Python still holds of a table keeps its memory alive
@@ -196,7 +198,8 @@ def _shapes(model: nn.Module | None) -> list[tuple[str, tuple[int, ...], str]]:
 
 def _reads_whole_tables(capture: Capture) -> bool:
     """Tell whether a lookup of this graph reads a table that is not sharded yet."""
-    weights = [str(node.args[1]) for node in calls(capture.gm, nn.functional.embedding_bag)]
+    lookups = calls(capture.gm, nn.functional.embedding_bag, nn.functional.embedding)
+    weights = [str(node.args[1] if len(node.args) > 1 else node.kwargs["weight"]) for node in lookups]
     return any(not isinstance(capture.parameters.get(name), ShardedTable) for name in weights)
 
 
@@ -229,17 +232,3 @@ def _average(parameter: torch.Tensor, world: ProcessWorld) -> None:
         )
     world.all_reduce(gradient, "average of a gradient outside the compiled graph")
     gradient /= world.topology.world_size
-
-
-def _merge(first: TowerPlan, second: TowerPlan) -> TowerPlan:
-    """Return the plan of a model whose tables came in two graphs."""
-    towers = [
-        replace(a, tables=(*a.tables, *b.tables), output_width=a.output_width + b.output_width)
-        for a, b in zip(first.towers, second.towers, strict=True)
-    ]
-    return replace(
-        first,
-        tables=(*first.tables, *second.tables),
-        towers=tuple(towers),
-        placements={**first.placements, **second.placements},
-    )

@@ -58,8 +58,10 @@ def fingerprint(gm: fx.GraphModule) -> int:
     """Return a 62-bit hash of what a program computes and exchanges; equal on ranks that may run together."""
     numbers: dict[fx.Node, int] = {}
     digest = hashlib.sha256()
-    for index, node in enumerate(gm.graph.nodes):
-        numbers[node] = index
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and not node.users and isinstance(node.meta.get("val"), torch.SymInt):
+            continue  # Dynamo passes more sizes for a first batch that is empty
+        index = numbers[node] = len(numbers)
         target = node.target if isinstance(node.target, str) and node.op != "placeholder" else ""
         if node.op == "call_function":
             target = getattr(node.target, "__name__", type(node.target).__name__)

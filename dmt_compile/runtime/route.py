@@ -22,11 +22,15 @@ class Layout:
         topology: tower groups x ranks in a group (hosts x local ranks where a tower is one host).
         owners: global rank of each feature's table, in feature order.
         widths: columns of each feature, in feature order.
+        jagged: per feature, bag lengths travel with the ids; the others have one id a bag.
+        weighted: per feature, each id has a weight.
     """
 
     topology: Topology
     owners: tuple[int, ...]
     widths: tuple[int, ...]
+    jagged: tuple[bool, ...]
+    weighted: tuple[bool, ...]
 
     @cached_property
     def features_by_rank(self) -> tuple[tuple[int, ...], ...]:
@@ -51,15 +55,27 @@ class Layout:
         return tuple(i for features in self.features_by_rank for i in features)
 
     @cached_property
+    def jagged_by_rank(self) -> tuple[int, ...]:
+        """Number of features of each rank whose bag lengths travel."""
+        return tuple(sum(self.jagged[i] for i in features) for features in self.features_by_rank)
+
+    @cached_property
     def most_features(self) -> int:
         """The largest number of features on one rank."""
         return max(map(len, self.features_by_rank))
 
 
 @lru_cache(maxsize=256)
-def make_layout(hosts: int, local_ranks: int, owners: tuple[int, ...], widths: tuple[int, ...]) -> Layout:
+def make_layout(
+    hosts: int,
+    local_ranks: int,
+    owners: tuple[int, ...],
+    widths: tuple[int, ...],
+    jagged: tuple[bool, ...],
+    weighted: tuple[bool, ...],
+) -> Layout:
     """Return the layout of these owners; the same object for the same arguments."""
-    return Layout(Topology(hosts, local_ranks), owners, widths)
+    return Layout(Topology(hosts, local_ranks), owners, widths, jagged, weighted)
 
 
 @dataclass(frozen=True)
@@ -70,14 +86,14 @@ class Route:
         layout: who owns what.
         rank: this rank.
         batch_sizes: samples of every rank.
-        sent_ids: ids that this rank sends to each rank.
+        sent_ids: for each rank, the ids of each of its features that this rank sends.
         received_ids: for each source rank, the ids of each of this rank's features.
     """
 
     layout: Layout
     rank: int
     batch_sizes: tuple[int, ...]
-    sent_ids: tuple[int, ...]
+    sent_ids: tuple[tuple[int, ...], ...]
     received_ids: tuple[tuple[int, ...], ...]
 
     @property
@@ -103,15 +119,18 @@ class Route:
     def sizes(self, hop: str) -> tuple[list[int], list[int]]:
         """Return the element counts (to send, to receive) of a hop, in the order of its group's ranks.
 
-        ``ids``: all ranks; bag lengths, then ids. ``intra``: the ranks of this tower group. ``peer``: the ranks with
-        this local rank in every group.
+        ``ids``: all ranks; bag lengths, then ids. ``weights``: all ranks; the weights of the ids that have some.
+        ``intra``: the ranks of this tower group. ``peer``: the ranks with this local rank in every group.
         """
         layout, topology = self.layout, self.layout.topology
         if hop == "ids":
-            features = layout.features_by_rank
-            mine = len(features[self.rank])
-            send = [len(features[r]) * self.batch_size + self.sent_ids[r] for r in range(topology.world_size)]
-            return send, [mine * self.batch_sizes[s] + sum(self.received_ids[s]) for s in range(topology.world_size)]
+            jagged = layout.jagged_by_rank
+            send = [jagged[r] * self.batch_size + sum(counts) for r, counts in enumerate(self.sent_ids)]
+            sizes = zip(self.batch_sizes, self.received_ids, strict=True)
+            return send, [jagged[self.rank] * batch_size + sum(counts) for batch_size, counts in sizes]
+        if hop == "weights":
+            send = [sum(self.weights_of(r, counts)) for r, counts in enumerate(self.sent_ids)]
+            return send, [sum(self.weights_of(self.rank, counts)) for counts in self.received_ids]
         if hop == "intra":
             my_width, my_rows = layout.rank_widths[self.rank], self.peer_rows(self.rank % topology.local_ranks)
             send = [self.peer_rows(local) * my_width for local in range(topology.local_ranks)]
@@ -122,6 +141,11 @@ class Route:
             [self.batch_sizes[r] * my_width for r in peers],
             [self.batch_size * layout.group_width(group) for group in range(topology.hosts)],
         )
+
+    def weights_of(self, owner: int, counts: tuple[int, ...]) -> list[int]:
+        """Return the ids of each weighted feature of ``owner``, given those of all its features."""
+        features = self.layout.features_by_rank[owner]
+        return [count for feature, count in zip(features, counts, strict=True) if self.layout.weighted[feature]]
 
     def block_widths(self, hop: str) -> list[int]:
         """Columns of each block that a hop delivers, in the order of its group's ranks."""

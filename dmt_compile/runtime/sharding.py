@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,19 +12,26 @@ import torch
 from torch import nn
 
 from dmt_compile import torch_internals
-from dmt_compile.errors import CheckpointError, UnsupportedGraphError
+from dmt_compile.errors import CheckpointError, PlanError, UnsupportedGraphError
+from dmt_compile.ir.embedding_graph import Table
 from dmt_compile.plan import TowerPlan
 from dmt_compile.runtime.tables import Block, ShardedTable
 from dmt_compile.runtime.world import ProcessWorld
 
 
-def block_of(plan: TowerPlan, name: str, rank: int, model: Any) -> Block:
-    """Return the block of a table that ``rank`` holds: its shard, or no rows."""
-    for shard in plan.placements[name]:
-        if shard.rank == rank:
-            return Block(name, shard.rows, shard.columns, model)
-    dim = next(table.dim for table in plan.tables if table.name == name)
-    return Block(name, (0, 0), (0, dim), model)
+def block_of(plan: TowerPlan, pieces: Sequence[Table], rank: int, model: Any) -> Block:
+    """Return the block that ``rank`` holds of a parameter: the shards of its tables, or no rows.
+
+    ``pieces`` is the parameter's one table, or the fields that it was split into.
+    """
+    owned = [(table, shard) for table in pieces for shard in plan.placements[table.name] if shard.rank == rank]
+    rows = sorted((table.first_row + shard.rows[0], table.first_row + shard.rows[1]) for table, shard in owned)
+    columns = {shard.columns for _, shard in owned} or {(0, pieces[0].dim)}
+    if len(columns) > 1:
+        raise PlanError(
+            f"sharding: expected one column range of {pieces[0].parameter_name} on rank {rank}, found {sorted(columns)}"
+        )
+    return Block(pieces[0].parameter_name, tuple(rows) or ((0, 0),), columns.pop(), model)
 
 
 def replicate(tensors: Iterable[torch.Tensor], world: ProcessWorld) -> None:
@@ -35,11 +43,11 @@ def replicate(tensors: Iterable[torch.Tensor], world: ProcessWorld) -> None:
         data.copy_(wire)
 
 
-def shard_tables(tables: Mapping[str, torch.Tensor], plan: TowerPlan, world: ProcessWorld, model: Any) -> None:
+def shard_tables(tables: Sequence[Table], plan: TowerPlan, world: ProcessWorld, model: Any) -> None:
     """Cut table parameters down to this rank's blocks, keeping their identity, gradients, hooks and optimizer state.
 
     Args:
-        tables: name -> parameter; whole tables on entry.
+        tables: whole on entry.
         plan: the agreed plan.
         world: moves rank 0's rows to their owners.
         model: what the tables should remember of their model.
@@ -48,15 +56,22 @@ def shard_tables(tables: Mapping[str, torch.Tensor], plan: TowerPlan, world: Pro
         UnsupportedGraphError: an autograd graph of an earlier step still holds a table.
     """
     optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
-    for name, parameter in tables.items():
+    pieces: dict[str, list[Table]] = defaultdict(list)
+    for table in tables:
+        pieces[table.parameter_name].append(table)
+    for name, of_parameter in pieces.items():
+        parameter = of_parameter[0].parameter
+        assert parameter is not None
         whole = parameter.detach()
-        for shard in plan.placements[name]:
-            if shard.rank != 0 and world.rank in (0, shard.rank):
-                part = Block(name, shard.rows, shard.columns).cut(whole)
-                wire = part.contiguous().to(world.device)
-                world.move(wire, 0, shard.rank, f"initial rows of {name}")
-                part.copy_(wire)
-        _shard(name, parameter, block_of(plan, name, world.rank, model), optimizers)
+        for table in of_parameter:
+            for shard in plan.placements[table.name]:
+                if shard.rank != 0 and world.rank in (0, shard.rank):
+                    rows = (table.first_row + shard.rows[0], table.first_row + shard.rows[1])
+                    part = Block(name, (rows,), shard.columns).cut(whole)
+                    wire = part.contiguous().to(world.device)
+                    world.move(wire, 0, shard.rank, f"initial rows of {table.name}")
+                    part.copy_(wire)
+        _shard(name, parameter, block_of(plan, of_parameter, world.rank, model), optimizers)
 
 
 def _shard(name: str, parameter: torch.Tensor, block: Block, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -76,11 +91,20 @@ def _shard(name: str, parameter: torch.Tensor, block: Block, optimizers: list[to
     if gradient is not None and gradient.layout == torch.strided:
         parameter.grad = ShardedTable(block.cut(gradient).clone(), shape, block)
     elif gradient is not None and local.numel():
-        parameter.grad = gradient
+        parameter.grad = _own_rows(gradient, block)
     for optimizer in optimizers:
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor) and value.shape == shape and not isinstance(value, ShardedTable):
                 optimizer.state[parameter][key] = ShardedTable(block.cut(value).clone(), shape, block)
+
+
+def _own_rows(gradient: torch.Tensor, block: Block) -> torch.Tensor:
+    """Return a flat sparse gradient without the rows of other ranks."""
+    indices, values = gradient._indices(), gradient._values()
+    mine_N = torch.stack([(indices[0] >= first) & (indices[0] < end) for first, end in block.rows]).any(0)
+    return torch.sparse_coo_tensor(
+        indices[:, mine_N], values[mine_N], gradient.shape, is_coalesced=gradient.is_coalesced(), check_invariants=False
+    )
 
 
 _allowed: list[bool] = []

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dmt_compile.errors import CheckpointError
+from dmt_compile.plan import parameter_of
 from dmt_compile.runtime.distributed_session import state_of
 from dmt_compile.runtime.sharding import sharded_state_allowed
 from dmt_compile.runtime.tables import ShardedTable
@@ -55,16 +56,20 @@ def _gather(table: ShardedTable) -> torch.Tensor | None:
             f"checkpoint: expected table {table.block.name} as the program that sharded it left it, found a copy; call "
             "full_state_dict on the compiled model"
         )
-    world = state.world
+    world, block = state.world, table.block
     full = torch.empty(table.shape, dtype=table.dtype) if world.rank == 0 else None
-    for shard in state.plan.placements[table.block.name]:
-        part = (shard.rows[1] - shard.rows[0], shard.columns[1] - shard.columns[0])
-        if shard.rank == world.rank:
-            wire = table.local.contiguous().to(world.device)
-        else:
-            wire = torch.empty(part, dtype=table.dtype, device=world.device) if full is not None else table.local
-        if shard.rank != 0:
-            world.move(wire, shard.rank, 0, f"gathering {table.block.name}")
-        if full is not None:
-            full[shard.rows[0] : shard.rows[1], shard.columns[0] : shard.columns[1]] = wire.cpu()
+    for name, shards in state.plan.placements.items():
+        parameter, first_row = parameter_of(name)
+        for shard in shards if parameter == block.name else ():
+            rows = (first_row + shard.rows[0], first_row + shard.rows[1])
+            if shard.rank == world.rank:
+                start = block.local_row(rows[0])
+                wire = table.local[start : start + rows[1] - rows[0]].contiguous().to(world.device)
+            else:
+                shape = (rows[1] - rows[0], shard.columns[1] - shard.columns[0]) if full is not None else (0, 0)
+                wire = torch.empty(shape, dtype=table.dtype, device=world.device)
+            if shard.rank != 0:
+                world.move(wire, shard.rank, 0, f"gathering {name}")
+            if full is not None:
+                full[rows[0] : rows[1], shard.columns[0] : shard.columns[1]] = wire.cpu()
     return full

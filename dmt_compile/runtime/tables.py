@@ -31,22 +31,53 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Block:
-    """The rectangle of table ``name`` that this rank holds; ``rows`` and ``columns`` are half-open ranges.
+    """The part of table ``name`` that this rank holds: some row ranges of a column range, all of them half-open.
 
-    ``model`` is what the session knows of the model; it stays with the table through copies and conversions.
+    ``rows`` has one range for a whole or split table, and one for each field that this rank owns of a table of many
+    fields. ``model`` is what the session knows of the model; it stays with the table through copies and conversions.
     """
 
     name: str
-    rows: tuple[int, int]
+    rows: tuple[tuple[int, int], ...]
     columns: tuple[int, int]
     model: Any = field(default=None, compare=False, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Block:
         return self
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns that this rank holds."""
+        return sum(end - first for first, end in self.rows), self.columns[1] - self.columns[0]
+
     def cut(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return the block's part of a flat-shaped (rows, dim) tensor, as a view."""
-        return flat[self.rows[0] : self.rows[1], self.columns[0] : self.columns[1]]
+        """Return the block's part of a flat-shaped (..., rows, dim) tensor; a view where it is one row range."""
+        parts = [flat[..., first:end, self.columns[0] : self.columns[1]] for first, end in self.rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+    def local_row(self, flat_row: int) -> int:
+        """Return where a row of the flat table, or the end of one of this block's ranges, stands in the block."""
+        before = 0
+        for first, end in self.rows:
+            if first <= flat_row <= end:
+                return before + flat_row - first
+            before += end - first
+        raise IndexError(f"row {flat_row} of table {self.name} is not among {self.rows}")
+
+    def to_local(self, rows_N: torch.Tensor) -> torch.Tensor:
+        """Return the block's numbers of flat rows, all of them in this block."""
+        return rows_N + self._shifts(rows_N, [first for first, _ in self.rows], -1)
+
+    def to_flat(self, rows_N: torch.Tensor) -> torch.Tensor:
+        """Return the flat numbers of this block's rows."""
+        return rows_N + self._shifts(rows_N, [self.local_row(first) for first, _ in self.rows], 1)
+
+    def _shifts(self, rows_N: torch.Tensor, starts: list[int], sign: int) -> torch.Tensor | int:
+        shifts = [sign * (first - self.local_row(first)) for first, _ in self.rows]
+        if len(shifts) == 1:
+            return shifts[0]
+        ranges_N = torch.bucketize(rows_N, torch.tensor(starts, device=rows_N.device), right=True) - 1
+        return torch.tensor(shifts, device=rows_N.device)[ranges_N]
 
 
 class ShardedTable(torch.Tensor):
@@ -182,9 +213,9 @@ def _localise(value: Any, table: ShardedTable) -> Any:
         return value
     if value.layout == torch.sparse_coo:
         return local_sparse(value, table._block)
-    row_slice = slice(*table._block.rows) if value.dim() > 1 and value.shape[-2] == table.shape[0] else slice(None)
-    column_slice = slice(*table._block.columns) if value.shape[-1] == table.shape[1] else slice(None)
-    return value[..., row_slice, column_slice] if value.dim() > 1 else value[column_slice]
+    rows = table._block.rows if value.dim() > 1 and value.shape[-2] == table.shape[0] else ((0, value.shape[-2:][0]),)
+    columns = table._block.columns if value.shape[-1] == table.shape[1] else (0, value.shape[-1])
+    return Block(table._block.name, rows, columns).cut(value) if value.dim() > 1 else value[slice(*columns)]
 
 
 def _elementwise(func: Any, table: ShardedTable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -219,13 +250,12 @@ def _foreach(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def local_sparse(flat: torch.Tensor, block: Block) -> torch.Tensor:
     """Cut a flat (rows, dim) sparse tensor down to a block; rows outside it must not occur."""
-    rows, width = block.rows[1] - block.rows[0], block.columns[1] - block.columns[0]
-    if (rows, width) == tuple(flat.shape):
+    if block.shape == tuple(flat.shape):
         return flat
     values_NW = flat._values()[:, block.columns[0] : block.columns[1]].contiguous()
-    indices = flat._indices() - block.rows[0]
+    indices = block.to_local(flat._indices())
     return torch.sparse_coo_tensor(
-        indices, values_NW, (rows, width), is_coalesced=flat.is_coalesced(), check_invariants=False
+        indices, values_NW, block.shape, is_coalesced=flat.is_coalesced(), check_invariants=False
     )
 
 
@@ -237,13 +267,11 @@ def flat_sparse(
         padded = values_NW.new_zeros(values_NW.shape[0], shape[1])
         padded[:, block.columns[0] : block.columns[1]] = values_NW
         values_NW = padded
-    return torch.sparse_coo_tensor(
-        (ids_N + block.rows[0]).unsqueeze(0), values_NW, tuple(shape), check_invariants=False
-    )
+    return torch.sparse_coo_tensor(block.to_flat(ids_N).unsqueeze(0), values_NW, tuple(shape), check_invariants=False)
 
 
 def _sparse_mask(table: ShardedTable, mask: torch.Tensor) -> torch.Tensor:
     """Return the table's values at a coalesced sparse tensor's indices, as SparseAdam and Adagrad ask for them."""
-    local_ids_N = mask._indices()[0] - table._block.rows[0]
+    local_ids_N = table._block.to_local(mask._indices()[0])
     sparse = flat_sparse(local_ids_N, table._local[local_ids_N], table.shape, table._block)
     return sparse._coalesced_(True)

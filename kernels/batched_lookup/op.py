@@ -5,17 +5,21 @@ Shape suffixes: B bags, N ids, D width of a feature, W sum of the owned features
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.kernels.batched_lookup.reference import Pooling
 from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse
 
 __all__ = ["Pooling", "batched_lookup"]
 
 _MODES = {"sum": 0, "mean": 1, "max": 2}
+aten = torch.ops.aten
 
 
 def batched_lookup(
@@ -24,22 +28,40 @@ def batched_lookup(
     offsets: Sequence[torch.Tensor | None],
     pooling: tuple[Pooling, ...],
     bags: int,
+    weights: Sequence[torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     """Return the pooled features that this rank owns, side by side; ``reference.py`` defines the numbers.
 
     Args:
         tables: per feature (rows, D); a ``ShardedTable`` is read through its local block.
         ids: per feature (N,) int32 or int64; ``None`` where another rank owns the table.
-        offsets: per feature (B,) of the ids' dtype; ``None`` likewise.
+        offsets: per feature (B,) of the ids' dtype; ``None`` likewise, and for one id a bag.
         pooling: per feature.
         bags: B.
+        weights: per feature (N,) factors of the rows of a sum, of the table's dtype, or ``None``; empty where another
+            rank owns the table.
 
     Returns:
-        (B, W); width 0 on a rank that owns nothing. It takes part in the backward pass wherever a table needs a
-        gradient, on every rank alike, since the exchanges behind it do.
+        (B, W) of the tables' promoted dtype; width 0 on a rank that owns nothing. It takes part in the backward pass
+        wherever a table needs a gradient, on every rank alike, since the exchanges behind it do.
     """
-    out: torch.Tensor = _BatchedLookup.apply(tuple(ids), tuple(offsets), pooling, bags, *tables)  # type: ignore[no-untyped-call]
+    weights = [None] * len(tables) if weights is None else weights
+    out: torch.Tensor = _BatchedLookup.apply(tuple(ids), tuple(offsets), pooling, bags, *weights, *tables)  # type: ignore[no-untyped-call]
     return out
+
+
+@dataclass
+class _Lookup:
+    """What one owned lookup keeps for its backward pass; ``shape`` and ``block`` are those of its table."""
+
+    feature: int
+    how: Pooling
+    rows: int
+    width: int
+    dtype: torch.dtype
+    shape: torch.Size
+    block: Block | None
+    saved: slice  # its tensors among all saved ones: ids, then for bags offsets and what embedding_bag gave, weights
 
 
 class _BatchedLookup(torch.autograd.Function):
@@ -50,68 +72,145 @@ class _BatchedLookup(torch.autograd.Function):
         offsets: tuple[torch.Tensor | None, ...],
         pooling: tuple[Pooling, ...],
         bags: int,
-        *tables: torch.Tensor,
+        *tensors: Any,
     ) -> torch.Tensor:
+        weights, tables = tensors[: len(ids)], tensors[len(ids) :]
         owned = [feature for feature, feature_ids in enumerate(ids) if feature_ids is not None]
-        locals_ = [t.local if isinstance(t, ShardedTable) else t for t in tables]
-        width = sum(locals_[feature].shape[1] for feature in owned)
-        out_BW = locals_[0].new_empty(bags, width)
+        locals_ = [t.local if isinstance(t, ShardedTable) else t.detach() for t in tables]
+        dtype = locals_[0].dtype
+        for local in locals_[1:]:
+            dtype = torch.promote_types(dtype, local.dtype)
+        out_BW = locals_[0].new_empty(bags, sum(locals_[feature].shape[1] for feature in owned), dtype=dtype)
+        lookups: list[_Lookup] = []
         saved: list[torch.Tensor] = []
         column = 0
         for feature in owned:
-            feature_ids, feature_offsets, how = ids[feature], offsets[feature], pooling[feature]
-            assert feature_ids is not None
-            assert feature_offsets is not None
-            # the operator behind torch.nn.functional.embedding_bag reads ids and offsets as if they were contiguous
-            feature_ids, feature_offsets = feature_ids.contiguous(), feature_offsets.contiguous()
-            pooled, *rest = torch.ops.aten._embedding_bag(
-                locals_[feature],
-                feature_ids,
-                feature_offsets,
-                False,
-                _MODES[how.mode],
-                how.sparse,
-                None,
-                False,
-                -1 if how.padding_idx is None else how.padding_idx,
-            )
-            out_BW[:, column : column + pooled.shape[1]] = pooled
+            table, local, how = tables[feature], locals_[feature], pooling[feature]
+            block = table.block if isinstance(table, ShardedTable) else None
+            kept, pooled = _forward(local, block, ids[feature], offsets[feature], weights[feature], how)
+            if len(owned) == 1:
+                out_BW = pooled.to(dtype)
+            else:
+                out_BW[:, column : column + pooled.shape[1]] = pooled
             column += pooled.shape[1]
-            saved += [feature_ids, feature_offsets, *rest]
+            here = slice(len(saved), len(saved) + len(kept))
+            rows, width = local.shape
+            lookups.append(_Lookup(feature, how, rows, width, local.dtype, table.shape, block, here))
+            saved += kept
         ctx.save_for_backward(*saved)
-        ctx.owned, ctx.pooling = owned, pooling
-        ctx.tables = [(t.shape, t.block if isinstance(t, ShardedTable) else None) for t in tables]
-        ctx.local_shapes = [t.shape for t in locals_]
+        ctx.lookups, ctx.inputs = lookups, len(tensors)
+        ctx.elsewhere = {i: w.dtype for i, w in enumerate(weights) if w is not None and ids[i] is None}
+        ctx.fields = _fields(pooling, tables)
         return out_BW
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad_BW = grads[0]
-        table_grads: list[torch.Tensor | None] = [None] * len(ctx.tables)
-        column = 0
-        for position, feature in enumerate(ctx.owned):
-            feature_ids, feature_offsets, *rest = ctx.saved_tensors[5 * position : 5 * position + 5]
-            rows, width = ctx.local_shapes[feature]
-            grad_BD = grad_BW[:, column : column + width].contiguous()
-            column += width
-            if not ctx.needs_input_grad[4 + feature]:
-                continue
-            how = ctx.pooling[feature]
-            local = torch.ops.aten._embedding_bag_backward(
-                grad_BD,
-                feature_ids,
-                feature_offsets,
-                *rest,
-                rows,
-                False,
-                _MODES[how.mode],
-                how.sparse,
-                None,
-                -1 if how.padding_idx is None else how.padding_idx,
+        if torch.is_grad_enabled():
+            raise UnsupportedGraphError(
+                "batched_lookup: expected a first derivative, found create_graph=True: the gradients of lookups have "
+                "no gradient of their own; compute second derivatives with the eager model"
             )
-            shape, block = ctx.tables[feature]
-            table_grads[feature] = local if block is None else _flat_gradient(local, shape, block)
-        return None, None, None, None, *table_grads
+        given: list[torch.Tensor | None] = [None] * ctx.inputs
+        of_fields: dict[Any, list[tuple[_Lookup, torch.Tensor]]] = defaultdict(list)
+        for feature, dtype in ctx.elsewhere.items():
+            given[feature] = grads[0].new_empty(0, dtype=dtype)
+        column, first_table = 0, ctx.inputs // 2
+        for lookup in ctx.lookups:
+            grad_BD = grads[0][:, column : column + lookup.width].to(lookup.dtype)
+            column += lookup.width
+            saved = ctx.saved_tensors[lookup.saved]
+            if ctx.needs_input_grad[4 + lookup.feature]:
+                given[lookup.feature] = _weights_gradient(grad_BD, lookup, saved)
+            if ctx.needs_input_grad[4 + first_table + lookup.feature]:
+                if ctx.fields[lookup.feature] is not None:
+                    of_fields[ctx.fields[lookup.feature]].append((lookup, grad_BD))
+                else:
+                    given[first_table + lookup.feature] = _table_gradient(grad_BD, lookup, saved)
+        for fields in of_fields.values():  # fields have rows of their own: one gradient for all, in the order of each
+            first = fields[0][0]
+            ids_N = torch.cat([ctx.saved_tensors[lookup.saved][0] for lookup, _ in fields])
+            grad_ND = torch.cat([grad_BD for _, grad_BD in fields])
+            given[first_table + first.feature] = _table_gradient(grad_ND, first, [ids_N])
+        return None, None, None, None, *given
+
+
+def _forward(
+    local: torch.Tensor, block: Block | None, ids: Any, offsets: Any, weights: Any, how: Pooling
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return what the backward pass needs, and the pooled rows."""
+    # the operators behind torch.nn.functional read ids and offsets as if they were contiguous
+    ids = ids.contiguous()
+    if block is not None and (shift := _shift(block, how)):
+        ids = ids - shift
+    if how.max_norm is not None:
+        aten.embedding_renorm_(local, ids, how.max_norm, how.norm_type)
+    if offsets is None:
+        return [ids], aten.embedding(local, ids)
+    offsets = offsets.contiguous().to(ids.dtype)
+    padding = -1 if how.padding_counts else _padding_row(block, how)
+    pooled, *rest = aten._embedding_bag(
+        local, ids, offsets, how.scale_grad_by_freq, _MODES[how.mode], how.sparse, weights, False, padding
+    )
+    if weights is None:
+        return [ids, offsets, *rest], pooled
+    return [ids, offsets, *rest, weights, local], pooled
+
+
+def _shift(block: Block, how: Pooling) -> int:
+    """Return how much larger an id in flat rows is than in this rank's rows; a lookup stays inside one row range."""
+    first = block.rows[0][0] if how.field_rows is None else how.field_rows[0]
+    return first - block.local_row(first)
+
+
+def _padding_row(block: Block | None, how: Pooling) -> int:
+    """Return the padding row among this rank's rows; -1 for none, and where another rank holds it."""
+    row = how.padding_idx
+    if row is None or block is None:
+        return -1 if row is None else row
+    return block.local_row(row) if any(first <= row < end for first, end in block.rows) else -1
+
+
+def _fields(pooling: tuple[Pooling, ...], tables: Sequence[Any]) -> list[tuple[int, int] | None]:
+    """Return for each field which lookup it is a part of: table and how often the field was read before."""
+    seen: Counter[tuple[int, tuple[int, int]]] = Counter()
+    found: list[tuple[int, int] | None] = []
+    for how, table in zip(pooling, tables, strict=True):
+        if how.field_rows is None:
+            found.append(None)
+            continue
+        found.append((id(table), seen[id(table), how.field_rows]))
+        seen[id(table), how.field_rows] += 1
+    return found
+
+
+def _weights_gradient(grad_BD: torch.Tensor, lookup: _Lookup, saved: Sequence[torch.Tensor]) -> torch.Tensor:
+    ids, offsets, offset2bag, _, _, _, local = saved
+    if not len(offset2bag):
+        offset2bag = torch.bucketize(torch.arange(len(ids), device=ids.device), offsets, right=True).to(ids.dtype) - 1
+    how = lookup.how
+    padding = -1 if how.padding_counts else _padding_row(lookup.block, how)
+    gradient: torch.Tensor = aten._embedding_bag_per_sample_weights_backward(
+        grad_BD.contiguous(), local, ids, offsets, offset2bag, _MODES[how.mode], padding
+    )
+    return gradient
+
+
+def _table_gradient(grad: torch.Tensor, lookup: _Lookup, saved: Sequence[torch.Tensor]) -> torch.Tensor:
+    how = lookup.how
+    padding = _padding_row(lookup.block, how)
+    grad = grad.contiguous()
+    if len(saved) == 1:
+        local = aten.embedding_backward(grad, saved[0], lookup.rows, padding, how.scale_grad_by_freq, how.sparse)
+    else:
+        ids, offsets, *rest = saved[:5]
+        weights = saved[5] if len(saved) > 5 else None
+        local = aten._embedding_bag_backward(
+            grad, ids, offsets, *rest, lookup.rows, how.scale_grad_by_freq, _MODES[how.mode], how.sparse, weights,
+            padding,
+        )  # fmt: skip
+        if how.mode == "max" and padding >= 0:
+            local[padding] = 0  # the operator leaves padding rows out of sums and means alone
+    return local if lookup.block is None else _flat_gradient(local, lookup.shape, lookup.block)
 
 
 def _flat_gradient(local: torch.Tensor, shape: torch.Size, block: Block) -> torch.Tensor:

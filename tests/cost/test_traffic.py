@@ -4,9 +4,13 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import dmt_compile
+from dmt_compile import SimulatedWorld
 from dmt_compile.cost.traffic import Hop, bytes_per_link, embedding_traffic, message_counts
 from dmt_compile.errors import PlanError
 from dmt_compile.partition.assign import make_plan
@@ -26,6 +30,9 @@ def random_plan(seed: int, number: int, hosts: int, local_ranks: int, towers: in
             dtype=str(rng.choice(["float32", "bfloat16"])),
             features=int(rng.choice([1, 2])),
             pooling=float(rng.integers(0, 4)),
+            bags=float(rng.integers(1, 4)),
+            jagged=float(rng.integers(0, 2)),
+            weighted=float(rng.integers(0, 2)),
         )
         for i in range(number)
     ]
@@ -54,9 +61,11 @@ def enumerate_transfers(plan: TowerPlan, batch_sizes: list[int]) -> dict[str, di
         owner = plan.owner(table.name)
         for rank, batch_size in enumerate(batch_sizes):
             for _ in range(batch_size):
-                for _ in range(table.features):
-                    send(("flat", "sptt"), rank, owner, 8 * (1 + int(table.pooling)))
-                row = table.features * table.dim * table.element_bytes
+                for _ in range(table.features * int(table.bags)):
+                    send(("flat", "sptt"), rank, owner, 8 * int(table.jagged))  # how many ids
+                    for _ in range(int(table.pooling)):
+                        send(("flat", "sptt"), rank, owner, 8 + int(table.weighted) * table.element_bytes)
+                row = table.features * int(table.bags) * table.dim * table.element_bytes
                 send(("flat",), owner, rank, row)
                 send(("flat",), rank, owner, row)
                 # The owner's group gathers the row at the peer of the sample's rank, which then sends it there.
@@ -147,6 +156,79 @@ def test_counted_ids_replace_the_mean_pooling() -> None:
     plan = make_plan([TableSpec("emb.0", 10, 4, features=2, pooling=100.0)], Topology(1, 2))
     ids = embedding_traffic(plan, [3, 5], id_counts={"emb.0": [7, 11]}).flat[0]
     assert (ids.intra_bytes, ids.cross_bytes) == (8 * 11 + 8 * 2 * 5, 0)
+
+
+def test_counted_ids_come_with_the_lengths_of_jagged_bags_alone_and_with_weights() -> None:
+    one = TableSpec("emb.0", 10, 4, features=2, bags=3.0, jagged=0.0)
+    plan = make_plan([one], Topology(1, 2))
+    assert embedding_traffic(plan, [3, 5], id_counts={"emb.0": [18, 30]}).flat[0].intra_bytes == 8 * 30
+    weighted = TableSpec("emb.0", 10, 4, pooling=2.0, weighted=1.0)
+    plan = make_plan([weighted], Topology(1, 2))
+    assert embedding_traffic(plan, [3, 5], id_counts={"emb.0": [7, 11]}).flat[0].intra_bytes == 8 * (11 + 5) + 4 * 11
+
+
+def test_a_table_s_bags_lengths_and_weights() -> None:
+    spec = TableSpec("emb.0", 10, 4, "bfloat16", features=2, pooling=3.0, bags=5.0, jagged=0.5, weighted=1.0)
+    assert spec.output_bytes_per_sample == 2 * 5 * 4 * 2
+    assert spec.id_bytes_per_sample == 2 * 5 * (8 * 3 + 8 * 0.5 + 2 * 3)
+    plain = TableSpec("emb.0", 10, 4)
+    assert (plain.output_bytes_per_sample, plain.id_bytes_per_sample) == (16, 16)
+
+
+class Lookups(nn.Module):
+    """Weighted bags, plain bags, one id a sample, a sequence that is pooled and one that stays unpooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weighted = nn.EmbeddingBag(11, 4, mode="sum")
+        self.plain = nn.EmbeddingBag(7, 2, mode="sum")
+        self.one = nn.Embedding(5, 3)
+        self.pooled = nn.Embedding(9, 6)
+        self.unpooled = nn.Embedding(8, 5)
+
+    def forward(
+        self, bags: torch.Tensor, weights: torch.Tensor, one: torch.Tensor, pooled: torch.Tensor, unpooled: torch.Tensor
+    ) -> torch.Tensor:
+        pooled_rows = self.weighted(bags, per_sample_weights=weights), self.plain(bags % 7), self.pooled(pooled).sum(1)
+        rows = torch.tanh(self.unpooled(unpooled)).sum(1)
+        return sum(part.sum(1) for part in (*pooled_rows, self.one(one), rows))
+
+
+def lookups_batch(samples: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def draw(rows: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, rows, (samples, *shape), generator=generator)
+
+    return draw(11, 3), torch.rand(samples, 3, generator=generator), draw(5), draw(9, 4), draw(8, 2)
+
+
+@pytest.mark.parametrize(("topology", "towers"), [("2x2", 2), ("1x3", 1), ("2x2", 1)])
+def test_the_model_of_traffic_is_what_the_program_sends(topology: str, towers: int) -> None:
+    torch.manual_seed(0)
+    model, world = Lookups(), SimulatedWorld(topology)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [3, 1, 4, 2][: world.topology.world_size]
+    batches = [lookups_batch(size, generator) for size in sizes]
+    plan = dmt_compile.plan(model, batches[0], topology, towers=towers)
+    specs = {table.name: (table.pooling, table.bags, table.jagged, table.weighted) for table in plan.tables}
+    assert specs == {
+        "weighted": (3.0, 1.0, 1.0, 1.0),
+        "plain": (3.0, 1.0, 1.0, 0.0),
+        "one": (1.0, 1.0, 0.0, 0.0),
+        "pooled": (4.0, 1.0, 1.0, 0.0),
+        "unpooled": (1.0, 2.0, 0.0, 0.0),
+    }
+    outputs = world.run(model, batches, dense_compiler="eager", plan=plan)
+    sum(output.sum() for output in outputs).backward()
+    sent: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: {"intra": 0, "cross": 0})
+    hops = {"ids": "ids", "weights": "ids", "intra": "in-host embeddings", "peer": "peer embeddings"}
+    for (collective, direction, link), sent_bytes in world.ledger.records.items():
+        if collective in hops:
+            sent[hops[collective], direction][link] += sent_bytes
+    expected = {(hop.name, hop.direction): hop for hop in embedding_traffic(plan, sizes).sptt}
+    assert sent.keys() <= expected.keys()
+    for key, hop in expected.items():
+        assert sent[key] == {"intra": hop.intra_bytes, "cross": hop.cross_bytes}, key
+    assert sum(sent["ids", "forward"].values()) > 0
 
 
 def test_fractional_pooling_rounds_to_whole_bytes() -> None:

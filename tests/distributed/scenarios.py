@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.utils import counters
 
 import dmt_compile
 from dmt_compile.runtime.tables import ShardedTable
-from tests.models import DLRM, concatenate, dense_of, make_batch
+from tests.models import DLRM, Mixture, concatenate, dense_of, make_batch
 
 OPTIONS = {"dense_compiler": "eager", "first_timeout_s": 60.0, "timeout_s": 10.0}
 SIZES = ([4, 3, 2, 5], [1, 2, 3, 4], [0, 3, 1, 1], [5, 5, 5, 5], [2, 0, 0, 1])  # local batches of five steps
@@ -88,6 +89,42 @@ def train(rank: int, kind: str, sparse: bool, topology: str, built_after: bool, 
     return result
 
 
+def train_every_lookup(rank: int, topology: str, built_after: bool) -> dict[str, Any]:
+    """Train a model of lookups of every kind beside the flat one, each rank's loss weighing 1 / ranks."""
+    world = dist.get_world_size()
+    torch.manual_seed(rank)  # rank 0's initial values must win
+    model = Mixture()
+    torch.manual_seed(0)
+    flat = Mixture()
+    step_model = compiled(model, topology=topology)
+    theirs = torch.optim.Adagrad(flat.parameters(), 0.1)
+    mine = None if built_after else torch.optim.Adagrad(model.parameters(), 0.1)
+    generator = torch.Generator().manual_seed(5)
+    worst = {"output": 0.0, "gradient": 0.0}
+    for step in range(4):
+        batches = [flat.batch(3 + (rank + step) % 3, generator) for rank in range(world)]
+        output = step_model(*batches[rank])
+        mine = mine or torch.optim.Adagrad(model.parameters(), 0.1)
+        expected = [flat(*batch) for batch in batches]
+        worst["output"] = max(worst["output"], difference(output, expected[rank]))
+        output.square().sum().backward()
+        (sum(out.square().sum() for out in expected) / world).backward()
+        for own, other in zip(model.parameters(), flat.parameters(), strict=True):
+            if own.requires_grad:
+                worst["gradient"] = max(worst["gradient"], gradient_difference(own, other))
+        for optimizer in (mine, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        batches = [flat.batch(2 + rank, generator) for rank in range(world)]
+        worst["evaluation"] = difference(step_model(*batches[rank]), flat(*batches[rank]))
+    state = dmt_compile.full_state_dict(step_model)
+    if rank == 0:
+        worst["weights"] = max(difference(state[name], value) for name, value in flat.state_dict().items())
+        Mixture().load_state_dict(state)
+    return {**worst, "graphs": counters["stats"]["unique_graphs"]}
+
+
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest absolute difference relative to the largest expected magnitude."""
     if expected.numel() == 0:
@@ -123,8 +160,6 @@ def clip_flat(model: nn.Module, clip: float) -> torch.Tensor:
 
 def evaluate_and_train(rank: int) -> int:
     """Alternate training and evaluation, with batches of every size; return the number of graphs."""
-    from torch._dynamo.utils import counters
-
     torch.manual_seed(0)
     model = DLRM()
     step_model = compiled(model)

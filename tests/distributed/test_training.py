@@ -38,6 +38,17 @@ def test_training_equals_the_flat_model(
     assert [result["state"] for result in results] == [per_element * elements for elements in owned]
 
 
+@pytest.mark.parametrize(("topology", "built_after"), [("2x2", False)])
+def test_lookups_of_every_kind_train_as_the_flat_model_s(topology: str, built_after: bool) -> None:
+    results = values(run_ranks(scenarios.train_every_lookup, 4, topology, built_after))
+    for result in results:
+        assert result["output"] <= FORWARD[torch.float32] * LONGEST_SUM**0.5
+        assert result["evaluation"] <= FORWARD[torch.float32] * LONGEST_SUM**0.5
+        assert result["gradient"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
+        assert result["graphs"] == 2
+    assert results[0]["weights"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
+
+
 def test_batches_of_any_size_share_two_graphs_on_every_rank() -> None:
     assert values(run_ranks(scenarios.evaluate_and_train, 4)) == [2, 2, 2, 2]
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import fx
+from torch import fx, nn
 
 from dmt_compile import pipeline, torch_internals
 from dmt_compile.errors import BatchError, CollectiveError
@@ -18,10 +19,11 @@ from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
 from dmt_compile.ir.metadata import describe
 from dmt_compile.ir.ops import OPERATORS
+from dmt_compile.kernels.batched_lookup.reference import Pooling
 from dmt_compile.runtime import checks
 from dmt_compile.runtime.route import HEADER_FIELDS, Layout, Route, make_layout
-from dmt_compile.runtime.simulated_world import SimulatedWorld, _LockstepProgram, _Transfer
-from dmt_compile.runtime.world import Ledger
+from dmt_compile.runtime.simulated_world import SimulatedWorld, _AllToAll, _LockstepProgram, _SimulatedRank, _Transfer
+from dmt_compile.runtime.world import Execution, Ledger, executing
 from dmt_compile.topology import Topology
 from tests.models import DLRM, Batch, make_batch
 
@@ -65,15 +67,26 @@ class Agreement:
             assert int(expression.subs(self.symbols)) == real
 
 
-class Scaled(DLRM):
-    """A DLRM with a floating-point buffer."""
+class Everything(DLRM):
+    """A DLRM with a buffer, weighted bags, one id a bag, fixed bags and a sequence that stays unpooled."""
 
     def __init__(self) -> None:
         super().__init__(rows=(6, 5, 4))
         self.register_buffer("scale", torch.full((1,), 2.0))
+        self.importance = nn.Parameter(torch.rand(6))
+        self.weighted = nn.EmbeddingBag(6, 8, mode="sum")
+        self.one = nn.Embedding(3, 8, scale_grad_by_freq=True)
+        self.even = nn.EmbeddingBag(3, 8)
+        self.item = nn.Embedding(7, 8, padding_idx=0)
+        self.ends = nn.EmbeddingBag(5, 8, include_last_offset=True)
 
     def forward(self, dense: torch.Tensor, ids: list[torch.Tensor], offsets: list[torch.Tensor]) -> torch.Tensor:
-        return super().forward(dense * self.scale, ids, offsets)
+        one, pair = offsets[0] % 3, torch.stack([offsets[1] % 3, offsets[2] % 3], dim=1)
+        looked_up = self.weighted(ids[0], offsets[0], per_sample_weights=self.importance[ids[0]])
+        looked_up = looked_up + self.one(one) + self.even(pair) + torch.tanh(self.item(pair)).sum(1)
+        ends = torch.cat([offsets[1], torch.ones_like(offsets[1][:1]) * len(ids[1])])
+        looked_up = looked_up + self.ends(ids[1], ends)
+        return super().forward(dense * self.scale, ids, offsets) + looked_up.sum(1)
 
 
 def comparing(seen: set[Callable[..., Any]]) -> Callable[[_LockstepProgram, Sequence[tuple[Any, ...]]], list[Any]]:
@@ -115,7 +128,7 @@ def batches_of(model: DLRM, sizes: Sequence[int]) -> list[Batch]:
 
 def test_every_fake_rule_agrees_with_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = Scaled()
+    model = Everything()
     seen: set[Callable[..., Any]] = set()
     monkeypatch.setattr(_LockstepProgram, "run", comparing(seen))
     batches = batches_of(model, [3, 2, 1, 4])
@@ -135,7 +148,7 @@ def test_every_fake_rule_agrees_with_what_runs(monkeypatch: pytest.MonkeyPatch) 
 
 # ------------------------------------------------------------------------------------------------------------- headers
 
-ROWS, LABELS = (6, 5), ("emb.0", "emb.1", "dense")
+ROWS, LABELS = ((0, 6), (0, 5), (6, 9)), ("emb.0", "emb.1", "fields[6:9]", "dense")
 
 
 def headers(**columns: Sequence[int]) -> torch.Tensor:
@@ -175,14 +188,19 @@ def test_equal_headers_pass() -> None:
             "expected offsets of table emb.0 that start at 0 and grow .*, found a bag of -3 ids at position 2",
         ),
         (
-            {"fault": [checks.BATCH_SIZE, 0, 0], "feature": [2, 0, 0], "position": [4, 0, 0], "value": [3, 0, 0]},
+            {"fault": [checks.BATCH_SIZE, 0, 0], "feature": [3, 0, 0], "position": [4, 0, 0], "value": [3, 0, 0]},
             BatchError,
             "check_batch: expected 4 samples in every input, found 3 in dense of rank 0's batch",
         ),
         (
-            {"fault": [0, checks.RAISED, 0]},
+            {"fault": [0, checks.ID_RANGE, 0], "feature": [0, 2, 0], "position": [0, 1, 0], "value": [0, 5, 0]},
             BatchError,
-            "expected every rank to reach its lookups, found an exception of rank 1's batch",
+            r"expected ids of table fields\[6:9\] in \[6, 9\), found 5 at position 1 of rank 1's batch",
+        ),
+        (
+            {"fault": [0, 0, checks.WEIGHTS], "feature": [0, 0, 1], "position": [0, 0, 7], "value": [0, 0, 6]},
+            BatchError,
+            "expected one weight for each of 7 ids of table emb.1, found 6 of rank 2's batch; nothing was updated",
         ),
         (  # another program's numbers mean nothing: it is reported first
             {"fingerprint": [7, 8, 8], "fault": [0, 1, 0], "checksum": [0, 1, 0]},
@@ -210,17 +228,19 @@ def routes(draw: st.DrawFn) -> list[Route]:
     features = draw(st.integers(1, 6))
     owners = tuple(draw(st.lists(st.integers(0, world - 1), min_size=features, max_size=features)))
     widths = tuple(draw(st.lists(st.integers(1, 5), min_size=features, max_size=features)))
-    layout = make_layout(topology.hosts, topology.local_ranks, owners, widths)
+    jagged, weighted = (tuple(draw(st.lists(st.booleans(), min_size=features, max_size=features))) for _ in range(2))
+    layout = make_layout(topology.hosts, topology.local_ranks, owners, widths, jagged, weighted)
     batch_sizes = tuple(draw(st.lists(st.integers(0, 4), min_size=world, max_size=world)))
     counts = [
-        [draw(st.integers(0, 6)) if size else 0 for _ in range(features)] for size in batch_sizes
+        [(draw(st.integers(0, 6)) if varies else 1) * (size > 0 if varies else size) for varies in jagged]
+        for size in batch_sizes
     ]  # ids by source rank and feature
     return [
         Route(
             layout,
             rank,
             batch_sizes,
-            tuple(sum(counts[rank][f] for f in layout.features_by_rank[r]) for r in range(world)),
+            tuple(tuple(counts[rank][f] for f in layout.features_by_rank[r]) for r in range(world)),
             tuple(tuple(counts[s][f] for f in layout.features_by_rank[rank]) for s in range(world)),
         )
         for rank in range(world)
@@ -233,6 +253,7 @@ def test_what_one_rank_sends_is_what_the_other_expects(of_ranks: list[Route]) ->
     topology = of_ranks[0].layout.topology
     members = {
         "ids": lambda r: tuple(range(topology.world_size)),
+        "weights": lambda r: tuple(range(topology.world_size)),
         "intra": topology.intra_ranks,
         "peer": topology.peer_ranks,
     }
@@ -285,8 +306,8 @@ def test_the_printed_peer_order_holds_only_where_towers_equal_local_ranks(
 ) -> None:
     """Section 3.1's example: one feature a rank, two samples a rank, towers as hosts."""
     world = hosts * local_ranks
-    layout = make_layout(hosts, local_ranks, tuple(range(world)), (1,) * world)
-    of_ranks = [Route(layout, r, (2,) * world, (0,) * world, ((0,),) * world) for r in range(world)]
+    layout = make_layout(hosts, local_ranks, tuple(range(world)), (1,) * world, (True,) * world, (False,) * world)
+    of_ranks = [Route(layout, r, (2,) * world, ((0,),) * world, ((0,),) * world) for r in range(world)]
 
     def home() -> bool:
         return all(torch.equal(rows, flat_rows(route)) for route, rows in zip(of_ranks, sptt(of_ranks), strict=True))
@@ -297,3 +318,251 @@ def test_the_printed_peer_order_holds_only_where_towers_equal_local_ranks(
     printed = tuple(sorted(range(world), key=lambda r: (r % hosts, r // local_ranks)))
     monkeypatch.setattr(Topology, "peer_order", lambda self: printed)
     assert home() == (hosts == local_ranks)
+
+
+# -------------------------------------------------------------------------------------------- ids and weights to owners
+
+HOW = (Pooling("sum", False), Pooling("none", False), Pooling("sum", False, last_offset=True), Pooling("mean", False))
+OWNERS, JAGGED, WEIGHTED = (2, 0, 2, 0), (True, False, True, True), (True, False, True, False)
+FIELDS = ((0, 9), (3, 7), (0, 5), (0, 4))
+
+
+@dataclass
+class RankBatch:
+    """One rank's ids, offsets and weights, feature by feature; feature 2 has ids behind its last offset."""
+
+    ids: list[torch.Tensor]
+    offsets: list[torch.Tensor | None]
+    weights: list[torch.Tensor | None]
+
+
+def rank_batch(samples: int, generator: torch.Generator) -> RankBatch:
+    batch = RankBatch([], [], [])
+    for feature, ((first, end), jagged) in enumerate(zip(FIELDS, JAGGED, strict=True)):
+        lengths = torch.randint(0, 3, (samples,), generator=generator) if jagged else torch.ones(samples).long()
+        behind = 2 * (feature == 2)
+        number = int(lengths.sum()) + behind
+        batch.ids.append(torch.randint(first, end, (number,), generator=generator).int())
+        starts = torch.cat([torch.zeros(1).long(), lengths.cumsum(0)]).int()
+        batch.offsets.append(None if not jagged else starts if HOW[feature].last_offset else starts[:-1])
+        drawn = torch.rand(number, generator=generator)
+        batch.weights.append(drawn.requires_grad_() if WEIGHTED[feature] else None)
+    return batch
+
+
+def executions(topology: Topology) -> list[Execution]:
+    ranks = range(topology.world_size)
+    return [Execution(cast(Any, _SimulatedRank(topology, rank, Ledger())), fingerprint=7) for rank in ranks]
+
+
+def exchange_ids(
+    layout: Layout, batches: list[RankBatch], ranks: list[Execution]
+) -> tuple[list[Route], list[tuple[torch.Tensor | None, ...]]]:
+    """Return each rank's route, and what it receives: ids and offsets of every feature."""
+    packed, headers = [], []
+    for batch, rank in zip(batches, ranks, strict=True):
+        with executing(rank):
+            payload, header = ex.pack_ids(layout, batch.ids, batch.offsets, HOW, batch.weights, [], FIELDS, True)
+        packed.append(payload)
+        headers.append(header)
+    of_ranks = []
+    for index, rank in enumerate(ranks):
+        received = torch.stack([header[index] for header in headers])
+        ex.check_headers(received, FIELDS, tuple("abcd"))
+        with executing(rank):
+            of_ranks.append(ex.route(layout, headers[index], received, 0))
+    sizes = [route.sizes("ids")[0] for route in of_ranks]
+    moved = _Transfer(layout.topology, layout.topology, "world", "ids", sizes, Ledger()).move(packed, sizes, "forward")
+    return of_ranks, [ex.unpack_ids(received, route) for received, route in zip(moved, of_ranks, strict=True)]
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 2, 4), (0, 0, 0, 0), (1, 1, 1, 1)])
+def test_owners_get_the_ids_and_offsets_of_the_global_batch(sizes: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(sum(sizes))
+    layout = make_layout(2, 2, OWNERS, (4, 4, 2, 3), JAGGED, WEIGHTED)
+    batches = [rank_batch(size, generator) for size in sizes]
+    of_ranks, unpacked = exchange_ids(layout, batches, executions(layout.topology))
+    for rank, (route, found) in enumerate(zip(of_ranks, unpacked, strict=True)):
+        assert route.batch_sizes == sizes
+        for feature, owner in enumerate(OWNERS):
+            ids, offsets = found[2 * feature : 2 * feature + 2]
+            if owner != rank:
+                assert (ids, offsets) == (None, None)
+                continue
+            read = checks.trim(
+                [b.ids[feature] for b in batches], [b.offsets[feature] for b in batches], [HOW[feature]] * 4
+            )
+            assert ids.dtype == torch.int64
+            assert torch.equal(ids, torch.cat(read).long())
+            assert (offsets is None) == (not JAGGED[feature])
+            if offsets is not None:
+                bounds = [
+                    checks.bag_bounds(part, batch.offsets[feature], HOW[feature])
+                    for part, batch in zip(read, batches, strict=True)
+                ]
+                lengths = torch.cat([part.diff() for part in bounds])
+                assert torch.equal(offsets, lengths.cumsum(0) - lengths)
+                assert len(offsets) == sum(sizes)
+
+
+def test_features_of_one_id_a_bag_send_their_ids_alone() -> None:
+    layout = make_layout(1, 2, (0, 1, 1, 1), (4, 4, 2, 3), JAGGED, WEIGHTED)
+    batches = [rank_batch(size, torch.Generator().manual_seed(size)) for size in (3, 2)]
+    of_ranks, _ = exchange_ids(layout, batches, executions(layout.topology))
+    jagged_ids = [len(batches[0].ids[2]) - 2, len(batches[0].ids[3])]
+    assert of_ranks[0].sizes("ids")[0] == [3 + len(batches[0].ids[0]), 3 + (3 + jagged_ids[0]) + (3 + jagged_ids[1])]
+    assert of_ranks[0].sizes("weights")[0] == [len(batches[0].ids[0]), jagged_ids[0]]
+
+
+def test_weights_go_with_their_ids_and_gradients_come_back() -> None:
+    generator = torch.Generator().manual_seed(1)
+    layout = make_layout(2, 2, OWNERS, (4, 4, 2, 3), JAGGED, WEIGHTED)
+    batches = [rank_batch(size, generator) for size in (3, 0, 2, 4)]
+    of_ranks, _ = exchange_ids(layout, batches, executions(layout.topology))
+    packed = []
+    for batch, route in zip(batches, of_ranks, strict=True):
+        weighted = [feature for feature in range(4) if WEIGHTED[feature]]
+        columns = ([getattr(batch, name)[f] for f in weighted] for name in ("weights", "offsets"))
+        packed.append(ex.pack_weights(*columns, tuple(HOW[f] for f in weighted), route))
+    sizes = [route.sizes("weights")[0] for route in of_ranks]
+    transfer = _Transfer(layout.topology, layout.topology, "world", "weights", sizes, Ledger())
+    moved = _AllToAll.apply(transfer, *packed)
+    found = [ex.unpack_weights(received, route) for received, route in zip(moved, of_ranks, strict=True)]
+    assert [[column is None for column in columns] for columns in found] == [[False, True, False, True]] * 4
+    for columns in (found[0], found[1], found[3]):  # nothing to read here, but all ranks send gradients back
+        assert all(len(column) == 0 and column.requires_grad for column in (columns[0], columns[2]))
+    for feature in (0, 2):
+        read = checks.trim(
+            [b.weights[feature] for b in batches], [b.offsets[feature] for b in batches], [HOW[feature]] * 4
+        )
+        assert torch.equal(found[2][feature], torch.cat(read))
+        scale = torch.arange(1.0, 1 + len(found[2][feature]))
+        gradients = torch.autograd.grad(
+            (found[2][feature] * scale).sum(), [b.weights[feature] for b in batches], retain_graph=True
+        )
+        parts = scale.split([len(part) for part in read])
+        for gradient, part in zip(gradients, parts, strict=True):
+            assert torch.equal(gradient[: len(part)], part)
+            assert not gradient[len(part) :].any()  # behind the last offset
+
+
+def test_a_fault_rides_in_the_header_with_no_payload() -> None:
+    layout = make_layout(1, 2, (0, 1, 1, 1), (4, 4, 2, 3), JAGGED, WEIGHTED)
+    batch = rank_batch(3, torch.Generator().manual_seed(0))
+    batch.ids[1][2] = 7
+    rank = executions(layout.topology)[0]
+    with executing(rank):
+        payload, header = ex.pack_ids(layout, batch.ids, batch.offsets, HOW, batch.weights, [], FIELDS, True)
+    assert len(payload) == 0
+    words = dict(zip(HEADER_FIELDS, header[1].tolist(), strict=False))
+    assert (words.pop("fault"), words.pop("feature"), words.pop("position"), words.pop("value")) == (1, 1, 2, 7)
+    assert words == {"fingerprint": 7, "batch_size": 3, "checksum": 0}
+    with pytest.raises(
+        BatchError, match=r"expected ids of table b in \[3, 7\), found 7 at position 2 of rank 0's batch"
+    ):
+        ex.check_headers(header, FIELDS, tuple("abcd"))
+
+
+# -------------------------------------------------------------------------------------------------- faults of one batch
+
+Change = Callable[[RankBatch], list[torch.Tensor]]  # changes a batch and returns its other inputs
+
+
+def of_samples(batch: RankBatch) -> list[torch.Tensor]:
+    return [torch.ones(2)]
+
+
+def shorter(batch: RankBatch) -> list[torch.Tensor]:
+    batch.ids[1] = batch.ids[1][:2]
+    return []
+
+
+def fewer_weights(batch: RankBatch) -> list[torch.Tensor]:
+    batch.weights[2] = batch.weights[2][:-1]
+    return []
+
+
+def below_its_field(batch: RankBatch) -> list[torch.Tensor]:
+    batch.ids[1][1] = 2
+    return []
+
+
+def ends_beyond_the_ids(batch: RankBatch) -> list[torch.Tensor]:
+    batch.offsets[2][-1] = 9
+    return []
+
+
+def ends_before_its_start(batch: RankBatch) -> list[torch.Tensor]:
+    batch.offsets[2][-1] = -1
+    return []
+
+
+def starts_late(batch: RankBatch) -> list[torch.Tensor]:
+    batch.offsets[0][0] = 1
+    return []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault", "text"),
+    [
+        (of_samples, (checks.BATCH_SIZE, 4, 3, 2), "expected 3 samples in every input, found 2 in dense"),
+        (shorter, (checks.BATCH_SIZE, 1, 3, 2), "expected 3 samples in every input, found 2 in b"),
+        (fewer_weights, (checks.WEIGHTS, 2, 5, 4), "expected one weight for each of 5 ids of table c, found 4"),
+        (below_its_field, (checks.ID_RANGE, 1, 1, 2), r"expected ids of table b in \[3, 7\), found 2 at position 1"),
+        (
+            ends_beyond_the_ids,
+            (checks.OFFSETS, 2, 2, 7),
+            "at most the number of ids, found a bag of 7 ids at position 2",
+        ),
+        (
+            ends_before_its_start,
+            (checks.OFFSETS, 2, 2, -3),
+            "offsets of table c .*, found a bag of -3 ids at position 2",
+        ),
+        (starts_late, (checks.OFFSETS, 0, 0, 0), "offsets of table a that start at 0"),
+    ],
+)
+def test_each_fault_of_a_batch_is_found(change: Change, fault: tuple[int, ...], text: str) -> None:
+    batch = RankBatch(
+        [torch.tensor([8, 0, 1]), torch.tensor([3, 6, 4]), torch.tensor([0, 1, 2, 3, 4]), torch.tensor([3])],
+        [torch.tensor([0, 1, 1]), None, torch.tensor([0, 1, 2, 3]), torch.tensor([0, 0, 1])],
+        [torch.ones(3), None, torch.ones(5), None],
+    )
+    arguments = batch.ids, batch.offsets, HOW, batch.weights
+    assert checks.find_fault(*arguments, [torch.ones(3)], FIELDS, True) is None
+    others = change(batch)
+    found = checks.find_fault(*arguments, others, FIELDS, True)
+    assert found == checks.Fault(*fault)
+    with pytest.raises(BatchError, match=text):
+        ops.check_batch(batch.ids, batch.offsets, HOW, batch.weights, others, FIELDS, (*"abcd", "dense"), True)
+    looked_at = found.kind in (checks.BATCH_SIZE, checks.WEIGHTS)  # sizes cost nothing, ids a pass
+    assert (checks.find_fault(*arguments, others, FIELDS, False) is None) != looked_at
+
+
+@pytest.mark.parametrize("end", [0, 2])
+def test_an_empty_batch_has_no_ids(end: int) -> None:
+    ids, offsets = [torch.arange(2)[:end], torch.arange(0)], [torch.arange(0), None]
+    how = Pooling("sum", False), Pooling("none", False)
+    found = checks.find_fault(ids, offsets, how, [None, None], [], FIELDS[:2], True)
+    assert found == (checks.Fault(checks.OFFSETS, 0, 0, 2) if end else None)
+
+
+def test_a_check_gives_ids_and_starts_without_what_lies_behind_the_last_bag() -> None:
+    ids, offsets = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])], [torch.tensor([0, 1, 2]), None]
+    how = Pooling("sum", False, last_offset=True), Pooling("none", False)
+    out = ops.check_batch(ids, offsets, how, [None, None], [], ((0, 9), (0, 9)), ("a", "b"), True)
+    assert [None if value is None else value.tolist() for value in out] == [[1, 2], [4, 5], [0, 1], None]
+    table = torch.arange(18.0).view(9, 2)
+    assert torch.equal(ops.lookup(table, ids[0], offsets[0], None, how[0]), table[[1, 2]])
+
+
+def test_scaling_by_frequency_is_that_of_a_lookup() -> None:
+    table = torch.randn(6, 3, requires_grad=True)
+    ids, weights = torch.tensor([1, 4, 1, 1, 0]), torch.arange(15.0).view(5, 3)
+    rows = ex.scale_by_frequency(nn.functional.embedding(ids, table), ids)
+    assert torch.equal(rows, table[ids])
+    (mine,) = torch.autograd.grad((rows * weights).sum(), [table])
+    expected = nn.functional.embedding(ids, table, scale_grad_by_freq=True)
+    (theirs,) = torch.autograd.grad((expected * weights).sum(), [table])
+    torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(mine[1], (weights[0] + weights[2] + weights[3]) / 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -11,7 +12,6 @@ import pytest
 import torch
 from torch import fx, nn
 
-from dmt_compile import torch_internals
 from dmt_compile.backend import compile_graph, copy_graph
 from dmt_compile.capture import Capture
 from dmt_compile.config import Options
@@ -25,7 +25,8 @@ from dmt_compile.pipeline import passes_in_order
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.session import Passes, plan_for
 from dmt_compile.topology import Topology
-from tests.models import DLRM, make_batch
+from tests._tolerances import assert_reordered
+from tests.models import DLRM, dense_of, make_batch
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Captured(BaseException):
         for node in placeholders(gm):
             del node.meta["val"]  # that of another environment
         with torch.set_grad_enabled(ctx.training):
-            ctx.environment.annotate(gm)
+            ctx.begin(gm)
         return Captured(gm, ctx)
 
     def advance(self, last: str) -> PassReport:
@@ -112,7 +113,7 @@ class _Session:
             self.options, self.topology, capture.flat_names, capture.parameters, capture.inputs, plan_for, training
         )
         captured = Captured(copy_graph(capture.gm), ctx)
-        ctx.environment.annotate(captured.gm)
+        ctx.begin(captured.gm)
         verify(captured.gm, ctx, Stage.CAPTURED, "capture")
         raise captured
 
@@ -122,9 +123,36 @@ class _Session:
 
 def capture(model: nn.Module, batch: tuple[Any, ...], training: bool = True) -> Captured:
     """Return the graph that Dynamo hands to the backend for ``model(*batch)``; use it through :meth:`Captured.on`."""
-    with torch_internals.unlimited_recompiles(), torch.set_grad_enabled(training), pytest.raises(Captured) as raised:
+    torch._dynamo.reset()  # numbers that differ from the model before it would be symbols
+    with torch.set_grad_enabled(training), pytest.raises(Captured) as raised:
         torch.compile(model, backend=_Session().backend)(*batch)
     return raised.value
+
+
+def assert_compiled_is_eager(model: nn.Module, *batches: tuple[Any, ...], longest_sum: int | None = None) -> nn.Module:
+    """Run ``batches`` forward and backward, compiled for one process and eagerly, and return the compiled model.
+
+    Bitwise the same, or where ``longest_sum`` is given within what another order of that many terms may change.
+    """
+    torch._dynamo.reset()
+    flat, mine = copy.deepcopy(model), copy.deepcopy(model)
+    compiled = torch.compile(mine, backend="dmt", options={"dense_compiler": "eager"})
+    pairs: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+    for batch in batches:
+        output, expected = compiled(*batch), flat(*batch)
+        pairs.append(("output", output, expected))
+        for out in (output, expected):
+            (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+    for (name, parameter), theirs in zip(mine.named_parameters(), flat.parameters(), strict=True):
+        assert (parameter.grad is None) == (theirs.grad is None), name
+        pairs.append((name, parameter, theirs))
+        pairs.append((f"gradient of {name}", dense_of(parameter.grad, parameter), dense_of(theirs.grad, theirs)))
+    for name, found, wanted in pairs:
+        if longest_sum is None:
+            assert torch.equal(found, wanted), name
+        else:
+            assert_reordered(found.detach(), wanted.detach(), longest_sum, gradient="gradient" in name)
+    return compiled
 
 
 @lru_cache
@@ -156,6 +184,38 @@ class Lookups(nn.Module):
 def bags() -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids below 4 and the offsets of three bags, one of them empty."""
     return torch.tensor([0, 3, 1, 2]), torch.tensor([0, 2, 2])
+
+
+class Fields(nn.Module):
+    """Three fields in one table of 21 rows, and a layer over them."""
+
+    ROWS = (7, 5, 9)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fields = nn.Embedding(sum(self.ROWS), 4)
+        self.register_buffer("starts", torch.tensor([0, 7, 12]))
+        self.top = nn.Linear(12, 1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.top(self.fields(ids + self.starts).flatten(1))
+
+    @classmethod
+    def batch(cls, samples: int = 8, seed: int = 0) -> tuple[torch.Tensor]:
+        """Return ids that count from 0 in each field."""
+        generator = torch.Generator().manual_seed(seed)
+        return (torch.stack([torch.randint(0, rows, (samples,), generator=generator) for rows in cls.ROWS], dim=1),)
+
+
+@lru_cache
+def _fields(training: bool) -> Captured:
+    torch.manual_seed(0)
+    return capture(Fields(), Fields.batch(), training)
+
+
+def fields(topology: str = "1x1", training: bool = True, **options: Any) -> Captured:
+    """Return the captured graph of a model whose fields share one table."""
+    return _fields(training).on(topology, **options)
 
 
 class Dense(nn.Module):

@@ -16,7 +16,7 @@ from dmt_compile.ir import ops
 from dmt_compile.ir.exchange_ops import all_to_all
 from dmt_compile.ir.stages import Effect
 from dmt_compile.runtime.regions import DenseRegion
-from tests.passes._harness import Captured, Lookups, bags, capture, dense, dlrm
+from tests.passes._harness import Captured, Lookups, assert_compiled_is_eager, bags, capture, dense, dlrm
 
 LINEAR = torch._C._nn.linear
 NAME = "compile_dense_regions"
@@ -70,10 +70,38 @@ def test_what_feeds_ids_into_lookups_stays_outside() -> None:
 
 @pytest.mark.parametrize("sparse", [True, False])
 def test_only_a_sparse_lookup_that_stayed_flat_is_outside(sparse: bool) -> None:
-    model = Lookups(lambda m, ids, offsets: m.odd(offsets), nn.Embedding(6, 4, sparse=sparse))
-    graph = capture(model, bags()).on("1x1")
+    def from_a_lookup(m: Any, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return m.odd(m.plain(ids, offsets)[:, 0].long().clamp(0, 5))
+
+    graph = capture(Lookups(from_a_lookup, nn.Embedding(6, 4, sparse=sparse)), bags()).on("1x1")
     graph.advance(NAME)
     assert graph.count(F.embedding) == sparse
+
+
+def test_trained_layers_that_feed_weights_into_lookups_stay_outside() -> None:
+    class Weighted(nn.Module):
+        """Weights of the ids from a layer over features of theirs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = nn.EmbeddingBag(6, 4, mode="sum")
+            self.score = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+            self.top = nn.Linear(4, 1)
+
+        def forward(self, ids: torch.Tensor, offsets: torch.Tensor, of_ids: torch.Tensor) -> torch.Tensor:
+            return self.top(self.emb(ids, offsets, per_sample_weights=torch.sigmoid(self.score(of_ids)).squeeze(1)))
+
+    torch.manual_seed(0)
+    model, batch = Weighted(), (*bags(), torch.randn(4, 2))
+    graph = capture(model, batch).on("1x1")
+    graph.advance("batch_lookups")
+    expected = graph.outputs()
+    assert graph.advance(NAME).matched == 1
+    assert [linears(region) for region in regions(graph)] == [1]
+    assert graph.count(LINEAR) == 2
+    assert torch.equal(graph.outputs(), expected)
+    capture(model, batch).on("2x2").advance(NAME)
+    assert_compiled_is_eager(model, batch)
 
 
 def test_a_graph_without_tables_is_one_region() -> None:
@@ -82,7 +110,9 @@ def test_a_graph_without_tables_is_one_region() -> None:
     assert [linears(region) for region in regions(graph)] == [1]
 
 
-def test_nothing_to_compile_is_no_change() -> None:
+def test_a_lookup_alone_is_one_copy() -> None:
+    """The caller gets memory of its own."""
+
     class Identity(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -91,8 +121,10 @@ def test_nothing_to_compile_is_no_change() -> None:
         def forward(self, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
             return self.emb(ids, offsets)
 
-    report = capture(Identity(), bags()).on("1x1").advance(NAME)
-    assert (report.changed, report.matched, report.skipped) == (False, 0, ())
+    graph = capture(Identity(), bags()).on("1x1")
+    assert graph.advance(NAME).matched == 1
+    [region] = regions(graph)
+    assert [node.target for node in region.graph.nodes if node.op == "call_function"] == [torch.clone]
 
 
 def test_the_effect_is_that_of_the_compiler() -> None:

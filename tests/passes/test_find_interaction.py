@@ -29,7 +29,7 @@ class Model(nn.Module):
 def captured(interact: Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor]) -> Captured:
     batch = (torch.ones(3, 3), torch.tensor([0, 3, 1, 2]), torch.tensor([0, 2, 2]))
     graph = capture(Model(interact), batch).on("1x1")
-    graph.advance("find_tables")
+    graph.advance("check_lookups")
     return graph
 
 
@@ -108,13 +108,18 @@ def no_product(features: list[torch.Tensor], dense: torch.Tensor) -> torch.Tenso
     return torch.cat([dense, *features], dim=1)
 
 
+def no_join(features: list[torch.Tensor], dense: torch.Tensor) -> torch.Tensor:
+    return features[0] + features[1] * dense
+
+
 @pytest.mark.parametrize(
     ("interact", "node", "reason"),
     [
-        (other_operand, "bmm", "its operands are not one tensor and its transpose"),
-        (computed, "bmm", "its operand is not a view of one concatenation"),
-        (two_dense, "bmm", "it joins 2 lookups and 2 other tensors"),
-        (no_product, "graph", "no product of stacked feature vectors with their transpose"),
+        (other_operand, "cat", "it joins 2 features, but bmm is no known kind"),
+        (computed, "cat", "it joins 2 features, but mul is no known kind"),
+        (two_dense, "cat", "it joins 2 features, but bmm is no known kind"),
+        (no_product, "cat", "it joins 2 features, but output is no known kind"),
+        (no_join, "graph", "no cat or stack of the vectors of several features"),
     ],
 )
 def test_the_nearest_miss_is_told(interact: Callable[..., torch.Tensor], node: str, reason: str) -> None:
@@ -122,6 +127,93 @@ def test_the_nearest_miss_is_told(interact: Callable[..., torch.Tensor], node: s
     report = graph.advance("find_interaction")
     assert (report.changed, report.matched, report.skipped) == (False, 0, ((node, reason),))
     assert graph.ctx.embedding_graph.interaction is None
+
+
+def fm(features: list[torch.Tensor], dense: torch.Tensor) -> torch.Tensor:
+    vectors = torch.stack(features, dim=1)
+    return 0.5 * (vectors.sum(1).pow(2) - (vectors * vectors).sum(1)).sum(1)
+
+
+def cross(features: list[torch.Tensor], dense: torch.Tensor) -> torch.Tensor:
+    start = joined = torch.cat([dense, *features], dim=1)
+    for _ in range(2):
+        joined = start * torch.nn.functional.linear(joined, torch.ones(12, 12)) + joined
+    return joined
+
+
+def cross_of_one_vector(features: list[torch.Tensor], dense: torch.Tensor) -> torch.Tensor:
+    start = torch.cat([dense, *features], dim=1)
+    return start * (start @ torch.ones(12, 1)) + torch.ones(12) + start
+
+
+def attention(features: list[torch.Tensor], dense: torch.Tensor) -> torch.Tensor:
+    vectors = torch.stack(features, dim=1)
+    keys = torch.nn.functional.linear(vectors, torch.ones(4, 4))
+    return torch.softmax(keys @ keys.transpose(1, 2), dim=-1) @ vectors
+
+
+def convolution(features: list[torch.Tensor], dense: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.conv1d(torch.stack(features, dim=1), torch.ones(3, 2, 1))
+
+
+def compressed(features: list[torch.Tensor], dense: torch.Tensor) -> torch.Tensor:
+    vectors = torch.stack(features, dim=1)
+    outer = torch.einsum("bfd,bgd->bfgd", vectors, vectors).flatten(1, 2)
+    return torch.nn.functional.conv1d(outer, torch.ones(3, 4, 1))
+
+
+def concatenation(features: list[torch.Tensor], dense: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(torch.cat([dense, *features], dim=1), torch.ones(5, 12))
+
+
+def dot_by_einsum(features: list[torch.Tensor], dense: torch.Tensor) -> torch.Tensor:
+    vectors = torch.stack([*features, dense], dim=1)
+    return torch.einsum("bfd,bgd->bfg", vectors, vectors)
+
+
+KINDS = {
+    "fm": fm,
+    "cross": cross,
+    "cross of one vector": cross_of_one_vector,
+    "attention": attention,
+    "convolution": convolution,
+    "compressed": compressed,
+    "concatenation": concatenation,
+    "dot by einsum": dot_by_einsum,
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_each_kind_of_interaction_is_named(case: str) -> None:
+    graph = captured(KINDS[case])
+    graph.advance("find_interaction")
+    found = graph.ctx.embedding_graph.interaction
+    assert found is not None
+    assert found.kind == case.split(" of ")[0].split(" by ")[0]
+    assert found.features == ("a", "b")
+
+
+class TwoTowers(nn.Module):
+    """A user and an item, of two tables each, that meet in a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(5, 3) for _ in range(4))
+        self.layers = nn.ModuleList(nn.Linear(6, 4) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = [table(ids[:, i]) for i, table in enumerate(self.tables)]
+        user, item = (self.layers[i](torch.cat(rows[2 * i : 2 * i + 2], dim=1)).relu() for i in range(2))
+        return (user * item).sum(1)
+
+
+def test_two_towers_meet_in_a_product() -> None:
+    graph = capture(TwoTowers(), (torch.zeros(3, 4, dtype=torch.long),)).on("1x1")
+    graph.advance("find_interaction")
+    assert [(i.kind, i.features) for i in graph.ctx.embedding_graph.interactions[:2]] == [
+        ("product", ("tables.0", "tables.1")),
+        ("product", ("tables.2", "tables.3")),
+    ]
 
 
 def test_strict_does_not_ask_for_an_interaction() -> None:

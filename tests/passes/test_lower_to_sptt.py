@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.nn import functional as F
 
-from dmt_compile.errors import PlanError, UnsupportedGraphError
+from dmt_compile.errors import PlanError
 from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
+from dmt_compile.ir.pass_base import calls
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.topology import Topology
-from tests.passes._harness import Lookups, bags, capture, dense, dlrm
+from tests.passes._harness import Captured, Lookups, bags, capture, dense, dlrm, fields
 
 
 @pytest.mark.parametrize(
@@ -38,11 +41,11 @@ def test_the_hops_of_a_topology(topology: str, hops: list[str], permutes: int) -
     assert graph.count(ops.check_batch) == 0  # it rides in the header
     for target in (ex.layout, ex.pack_ids, ex.exchange_headers, ex.route, ex.unpack_ids, ex.join_features):
         assert graph.count(target) == 1
-    hosts, local_ranks, owners, widths = graph.node(ex.layout).args
+    hosts, local_ranks, owners, widths, jagged, weighted = graph.node(ex.layout).args
     assert f"{hosts}x{local_ranks}" == topology
     assert graph.ctx.plan is not None
     assert owners == tuple(graph.ctx.plan.owner(f"emb.{i}") for i in range(3))
-    assert widths == (8, 8, 8)
+    assert (widths, jagged, weighted) == ((8, 8, 8), (True,) * 3, (False,) * 3)
     world = graph.ctx.topology.world_size
     assert graph.node(ex.scale_gradient).args[1] == 1 / world
     split = graph.node(ops.split_features)
@@ -90,13 +93,136 @@ def test_without_lookups_nothing_is_exchanged() -> None:
     assert (report.changed, report.skipped) == (False, (("graph", "no lookup"),))
 
 
-def test_tables_of_two_element_types_are_refused() -> None:
-    model = Lookups(lambda m, ids, offsets: m.odd(ids, offsets).float(), nn.EmbeddingBag(6, 4, mode="sum").double())
-    text = (
-        r"lower_to_sptt: expected tables of one element type, found \['torch.float32', 'torch.float64'\]; convert them"
-    )
-    with pytest.raises(UnsupportedGraphError, match=text):
-        capture(model, bags()).on("2x2").advance("lower_to_sptt")
+class Mixed(nn.Module):
+    """Bags with weights from a trained importance, one id a sample, and a sequence that stays unpooled."""
+
+    def __init__(self, halves: bool = False) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(6, 4, mode="sum")
+        self.importance = nn.Parameter(torch.rand(6))
+        self.one = nn.Embedding(5, 3)
+        self.item = nn.Embedding(7, 2)
+        if halves:
+            self.one.bfloat16()
+            self.bag.double()
+        self.top = nn.Linear(9, 1)
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor, one: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        weights = self.importance[ids].to(self.bag.weight.dtype)
+        looked_up = self.bag(ids, offsets, per_sample_weights=weights), self.one(one)
+        sequence = torch.tanh(self.item(items))
+        joined = torch.cat([part.float() for part in (*looked_up, sequence[:, 0])], dim=1)
+        return self.top(joined).squeeze(1) + sequence.sum((1, 2))
+
+
+def mixed(topology: str, training: bool = True, halves: bool = False) -> Captured:
+    torch.manual_seed(0)
+    batch = (*bags(), torch.tensor([4, 0, 2]), torch.randint(0, 7, (3, 2)))
+    return capture(Mixed(halves), batch, training).on(topology)
+
+
+def test_every_group_has_exchanges_of_its_own() -> None:
+    graph = mixed("2x2")
+    graph.advance("place_tables")
+    assert graph.count(ops.check_batch) == 2
+    assert graph.advance("lower_to_sptt").matched == 3
+    by_route: dict[fx.Node, list[object]] = {}
+    for node in calls(graph.gm, ex.all_to_all):
+        by_route.setdefault(node.args[1], []).append(node.args[2])
+    assert list(by_route.values()) == [["ids", "weights", "intra", "peer"], ["ids", "intra", "peer"]]
+    layouts = calls(graph.gm, ex.layout)
+    assert [node.args[3:] for node in layouts] == [
+        ((4, 3), (True, False), (True, False)),  # widths, jagged, weighted
+        ((2,), (False,), (False,)),
+    ]
+    for target in (ex.pack_ids, ex.exchange_headers, ex.route, ex.unpack_ids, ex.join_features, ops.split_features):
+        assert graph.count(target) == 2
+    assert (graph.count(ex.pack_weights), graph.count(ex.unpack_weights)) == (1, 1)
+    lookups = {graph.ctx.flat_names[n.args[0].name]: n for n in calls(graph.gm, ops.lookup)}  # type: ignore[union-attr]
+    for argument in (2, 3):  # offsets and weights
+        given = {name for name, lookup in lookups.items() if lookup.args[argument] is not None}
+        assert given == {"bag.weight"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_weights_are_those_of_each_rank_s_own_loss(training: bool) -> None:
+    """Looked-up rows carry 1 / ranks, for the mean of all losses; a rank's own weights must not."""
+    graph = mixed("2x2", training)
+    graph.advance("lower_to_sptt")
+    factors = [node.args[1] for node in calls(graph.gm, ex.scale_gradient)]
+    assert sorted(factors) == ([0.25, 0.25, 4.0] if training else [])
+    if training:
+        [undone] = [node for node in calls(graph.gm, ex.scale_gradient) if node.args[1] == 4.0]
+        assert undone.args[0] is graph.node(ex.pack_weights)
+        assert [user.args[2] for user in undone.users] == ["weights"]
+
+
+def test_gradients_are_scaled_by_the_frequencies_of_each_rank_s_own_batch() -> None:
+    model = Lookups(lambda m, ids, offsets: m.odd(offsets), nn.Embedding(6, 4, scale_grad_by_freq=True))
+    graph = capture(model, bags()).on("2x2")
+    graph.advance("place_tables")
+    [check] = calls(graph.gm, ops.check_batch)
+    own_ids = check.args[0][1]  # type: ignore[index]
+    graph.advance("lower_to_sptt")
+    scaled = graph.node(ex.scale_by_frequency)
+    assert graph.count(ex.scale_by_frequency) == 1
+    assert scaled.args[1] is own_ids
+    assert scaled.args[0].args[0] is graph.node(ops.split_features)  # type: ignore[union-attr]
+    assert [node.args[4].scale_grad_by_freq for node in calls(graph.gm, ops.lookup)] == [False, False]  # type: ignore[union-attr]
+
+
+def test_lookups_of_exchanged_bags_have_no_last_offset() -> None:
+    def look_up(m: Any, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return m.odd(ids, torch.cat([offsets, offsets.new_full((1,), 4)]))
+
+    graph = capture(Lookups(look_up, nn.EmbeddingBag(6, 4, include_last_offset=True)), bags()).on("2x2")
+    graph.advance("lower_to_sptt")
+    assert [how.last_offset for how in graph.node(ex.pack_ids).args[3]] == [False, True]  # type: ignore[union-attr]
+    assert [node.args[4].last_offset for node in calls(graph.gm, ops.lookup)] == [False, False]  # type: ignore[union-attr]
+
+
+def test_element_types_of_a_group_are_promoted_on_the_wire_and_given_back() -> None:
+    graph = mixed("2x2", halves=True)
+    graph.advance("place_tables")
+    before = {graph.ctx.flat_names[n.args[0].name]: n.meta["val"].dtype for n in calls(graph.gm, ops.lookup)}  # type: ignore[union-attr]
+    assert before == {"bag.weight": torch.float64, "one.weight": torch.bfloat16, "item.weight": torch.float32}
+    graph.advance("lower_to_sptt")
+    first, second = calls(graph.gm, ex.layout)
+    sent = {
+        layout: [n.args[4] for n in calls(graph.gm, ex.all_to_all) if n.args[1].args[0] is layout]  # type: ignore[union-attr]
+        for layout in (first, second)
+    }
+    assert sent == {first: ["int64", "float64", "float64", "float64"], second: ["int64", "float32", "float32"]}
+    columns = [list(split.users) for split in calls(graph.gm, ops.split_features)]
+    assert [column.meta["val"].dtype for column in columns[0]] == [torch.float64] * 2
+    [back] = columns[0][1].users
+    assert (back.target, back.meta["val"].dtype) == (torch.Tensor.to, torch.bfloat16)
+
+
+def test_weights_of_several_types_travel_in_the_widest() -> None:
+    def look_up(m: Any, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        wide = F.embedding_bag(ids, m.odd, offsets, mode="sum", per_sample_weights=torch.ones(len(ids)).double())
+        return wide.float() + m.plain(ids, offsets, per_sample_weights=torch.ones(len(ids)))
+
+    model = Lookups(look_up)
+    model.odd = nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
+    graph = capture(model, bags()).on("2x2")
+    graph.advance("lower_to_sptt")
+    assert [n.args[4] for n in calls(graph.gm, ex.all_to_all)][:2] == ["int64", "float64"]
+    for lookup in calls(graph.gm, ops.lookup):
+        if lookup.args[3] is not None:
+            assert lookup.args[3].meta["val"].dtype == lookup.args[0].meta["val"].dtype  # type: ignore[union-attr]
+
+
+def test_fields_travel_to_the_owners_of_their_rows() -> None:
+    graph = fields("2x2")
+    graph.advance("lower_to_sptt")
+    owners, widths, jagged, weighted = graph.node(ex.layout).args[2:]
+    assert graph.ctx.plan is not None
+    assert owners == tuple(graph.ctx.plan.owner(f"fields[{rows}]") for rows in ("0:7", "7:12", "12:21"))
+    assert len(set(owners)) > 1
+    assert (widths, jagged, weighted) == ((4, 4, 4), (False,) * 3, (False,) * 3)
+    assert graph.node(ex.pack_ids).args[6] == ((0, 7), (7, 12), (12, 21))
 
 
 def plan_on(topology: Topology, hosts: list[tuple[int, ...]]) -> TowerPlan:

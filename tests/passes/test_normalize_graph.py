@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.models import DLRM, make_batch
 from tests.passes._harness import capture, dlrm
 
 ASSERTION = torch.ops.aten._assert_scalar.default
@@ -24,20 +25,28 @@ class Views(nn.Module):
         return pairs.reshape(dense.size(0), 3, -1).sum(1)
 
 
-def test_assertions_are_gone_and_sizes_come_from_one_node() -> None:
+def test_sizes_come_from_one_node() -> None:
     graph = dlrm()
-    assertions = graph.count(ASSERTION)
-    assert assertions > 0
     report = graph.advance("normalize_graph")
-    assert report.changed
-    assert report.matched == assertions + 1  # the one view
-    assert graph.count(ASSERTION) == 0
+    assert (report.changed, report.matched) == (True, 1)  # the one view
     assert graph.count(SIZE) == 1
     view = next(node for node in graph.gm.graph.nodes if node.target == "view")
     assert view.args[1:] == (graph.node(SIZE), 4, 8)
     sizes = [n for n in graph.gm.graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], torch.SymInt)]
     assert sizes
     assert not any(node.users for node in sizes)
+
+
+def test_the_assertions_of_an_empty_batch_are_gone() -> None:
+    torch.manual_seed(0)
+    model = DLRM(rows=(6, 5, 4))
+    graph = capture(model, make_batch(model, 0, torch.Generator())).on("1x1")
+    assertions = graph.count(ASSERTION)
+    assert assertions > 0
+    report = graph.advance("normalize_graph")
+    assert report.matched == assertions + 1  # the one view
+    assert (graph.count(ASSERTION), graph.count(SIZE)) == (0, 1)
+    assert graph.outputs().shape == (0,)
 
 
 def test_every_inferred_size_that_is_known_is_written_out() -> None:

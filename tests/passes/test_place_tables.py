@@ -8,7 +8,7 @@ import pytest
 
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.plan import Shard
-from tests.passes._harness import dense, dlrm
+from tests.passes._harness import dense, dlrm, fields
 
 
 def test_every_table_input_carries_its_shard() -> None:
@@ -20,8 +20,19 @@ def test_every_table_input_carries_its_shard() -> None:
     assert graph.code() == before
     assert graph.ctx.plan is not None
     for name in ("emb.0", "emb.1", "emb.2"):
-        assert graph.input(f"{name}.weight").meta["shards"] == graph.ctx.plan.placements[name]
+        assert graph.input(f"{name}.weight").meta["shards"] == {name: graph.ctx.plan.placements[name]}
     assert "shards" not in graph.input("top.0.weight").meta
+
+
+def test_an_input_carries_the_shards_of_all_its_fields() -> None:
+    graph = fields("2x2")
+    report = graph.advance("place_tables")
+    assert report.matched == 3
+    assert graph.ctx.plan is not None
+    placed = graph.input("fields.weight").meta["shards"]
+    assert placed == graph.ctx.plan.placements
+    assert list(placed) == ["fields[0:7]", "fields[7:12]", "fields[12:21]"]
+    assert [shards[0].rows for shards in placed.values()] == [(0, 7), (0, 5), (0, 9)]  # of each field
 
 
 def test_without_tables_nothing_changes() -> None:

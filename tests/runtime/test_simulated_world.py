@@ -1,152 +1,28 @@
-"""Every rank of random topologies against the flat model, for random models, plans and batches."""
+"""Every rank of a topology in one process: training, evaluation, the ledger, misuse; equivalence/ has random models."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import dmt_compile
-from dmt_compile import SimulatedWorld, Topology
+from dmt_compile import SimulatedWorld
 from dmt_compile.cost.traffic import embedding_traffic
 from dmt_compile.errors import BatchError, CollectiveError, ConfigError
 from tests._tolerances import assert_reordered
 from tests.models import DLRM, Batch, concatenate, dense_of, make_batch
 
 LONGEST_SUM = 400  # ids of one row in a global batch of 16 ranks
-EXAMPLES = max(1, settings().max_examples // 4)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> None:
     torch._dynamo.reset()
-
-
-class Probe(DLRM):
-    """Tables of any kind under an MLP; gives its lookups too, side by side."""
-
-    def __init__(self, readers: Sequence[int], sparse: Sequence[bool], **arguments: Any) -> None:
-        super().__init__(**arguments)
-        for table, is_sparse in zip(self.emb, sparse, strict=True):
-            table.sparse = is_sparse
-        self.readers = list(readers)  # the table of each feature
-        widths = [self.emb[table].embedding_dim for table in readers]
-        self.head = nn.Sequential(nn.Linear(sum(widths) + self.bottom[2].out_features, 8), nn.ReLU(), nn.Linear(8, 1))
-
-    def forward(
-        self, dense: torch.Tensor, ids: list[torch.Tensor], offsets: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        looked_up = [self.emb[t](i, o) for t, i, o in zip(self.readers, ids, offsets, strict=True)]
-        pooled = torch.cat(looked_up, dim=1)
-        return pooled, self.head(torch.cat([self.bottom(dense), pooled], dim=1)).squeeze(1)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, a topology, a way to partition, and the local batch sizes of some steps."""
-
-    rows: list[int]
-    dims: list[int]
-    modes: list[str]
-    sparse: list[bool]
-    shared: int | None
-    topology: Topology
-    options: dict[str, Any]
-    sizes: list[list[int]]
-    seed: int
-
-    def model(self) -> Probe:
-        torch.manual_seed(self.seed)
-        readers = [*range(len(self.rows)), *([] if self.shared is None else [self.shared])]
-        return Probe(readers, self.sparse, rows=self.rows, dims=self.dims, modes=self.modes)
-
-    def batches(self, model: Probe, sizes: list[int], generator: torch.Generator) -> list[Batch]:
-        made = [make_batch(model, size, generator, longest=4) for size in sizes]
-        if self.shared is None:
-            return made
-        return [
-            (dense, [*ids, ids[self.shared].flip(0)], [*offsets, offsets[self.shared]]) for dense, ids, offsets in made
-        ]
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    number = draw(st.integers(1, 12))
-    topology = Topology(draw(st.integers(1, 4)), draw(st.integers(1, 4)))
-    dims = [draw(st.integers(1, 20))] * number
-    if draw(st.booleans()):
-        dims = draw(st.lists(st.integers(1, 20), min_size=number, max_size=number))
-    towers = draw(st.sampled_from([n for n in range(1, 9) if n % topology.hosts == 0 or topology.hosts % n == 0]))
-    partition: str | list[list[str]] = draw(st.sampled_from(["balanced", "strided", "explicit"]))
-    options: dict[str, Any] = {"partition": partition, "towers": towers}
-    if partition == "explicit":
-        of_table = draw(st.lists(st.integers(0, towers - 1), min_size=number, max_size=number))
-        options = {"partition": [[f"emb.{i}" for i, k in enumerate(of_table) if k == tower] for tower in range(towers)]}
-    ranks = topology.world_size
-    return Case(
-        rows=draw(st.lists(st.integers(1, 60), min_size=number, max_size=number)),
-        dims=dims,
-        modes=draw(st.lists(st.sampled_from(["sum", "mean"]), min_size=number, max_size=number)),
-        sparse=draw(st.lists(st.booleans(), min_size=number, max_size=number)),
-        shared=draw(st.none() | st.integers(0, number - 1)),
-        topology=topology,
-        options=options,
-        sizes=[draw(st.lists(st.integers(0, 5), min_size=ranks, max_size=ranks)) for _ in range(3)],
-        seed=draw(st.integers(0, 2**16)),
-    )
-
-
-@given(case=cases())
-@settings(max_examples=EXAMPLES, phases=[Phase.explicit, Phase.generate])  # shrinking would take minutes
-def test_random_worlds_equal_the_flat_model(case: Case) -> None:
-    torch._dynamo.reset()
-    model = case.model()
-    flat = copy.deepcopy(model)
-    world = SimulatedWorld(case.topology)
-    ranks = case.topology.world_size
-    generator = torch.Generator().manual_seed(case.seed)
-
-    # Bitwise: what the last exchange delivers, and table gradients for the same incoming gradient.
-    local = case.batches(model, case.sizes[0], generator)
-    pooled = [out[0] for out in world.run(model, local, dense_compiler="eager", **case.options)]
-    for rank, batch in enumerate(local):
-        assert torch.equal(pooled[rank], flat(*batch)[0]), rank
-    expected = flat(*concatenate(local))[0]
-    weights = torch.randint(-8, 9, expected.shape, generator=generator).float()
-    sum((p * w).sum() for p, w in zip(pooled, weights.split(case.sizes[0]), strict=True)).backward()
-    (expected * (weights * (1 / ranks))).sum().backward()
-    for index, (mine, theirs) in enumerate(zip(model.emb, flat.emb, strict=True)):
-        gradient, wanted = (dense_of(table.weight.grad, table.weight) for table in (mine, theirs))
-        assert mine.weight.grad is None or mine.weight.grad.is_sparse == case.sparse[index]
-        if index == case.shared:  # two features add up in another order
-            assert_reordered(gradient, wanted, LONGEST_SUM, gradient=True)
-        else:
-            assert torch.equal(gradient, wanted), index
-
-    # Within the tolerances: outputs, all gradients, and weights after three steps.
-    optimizers = [torch.optim.SGD(bare.parameters(), 0.1) for bare in (model, flat)]
-    for sizes in case.sizes:
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        local = case.batches(model, sizes, generator)
-        outputs = [out[1] for out in world.run(model, local, dense_compiler="eager", **case.options)]
-        flat_output = flat(*concatenate(local))[1]
-        assert [len(output) for output in outputs] == sizes
-        assert_reordered(torch.cat(outputs).detach(), flat_output.detach(), LONGEST_SUM)
-        sum(output.square().sum() for output in outputs).backward()
-        (flat_output.square().sum() / ranks).backward()
-        assert_same_gradients(model, flat)
-        for optimizer in optimizers:
-            optimizer.step()
-    for mine, theirs in zip(model.parameters(), flat.parameters(), strict=True):
-        assert_reordered(mine.detach(), theirs.detach(), LONGEST_SUM, gradient=True)
 
 
 def assert_same_gradients(model: nn.Module, flat: nn.Module) -> None:

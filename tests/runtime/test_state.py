@@ -44,7 +44,7 @@ class RankZeroOfTwo:
         assert (source, target) == (1, 0)
         name = label.removeprefix("gathering ")
         [shard] = [shard for shard in PLAN.placements[name] if shard.rank == 1]
-        tensor.copy_(Block(name, shard.rows, shard.columns).cut(self.flat[name]))
+        tensor.copy_(Block(name, (shard.rows,), shard.columns).cut(self.flat[name]))
 
     def all_reduce(self, tensor: torch.Tensor, label: str, maximum: bool = False) -> torch.Tensor:
         norms = torch.stack([torch.linalg.vector_norm(g, self.norm_type) for g in self.other_gradients])
@@ -65,7 +65,7 @@ class Sharded(nn.Module):
         self.emb = nn.ModuleList(nn.EmbeddingBag(rows, 4) for rows in (6, 5))
         for (name, value), module in zip(self.flat.items(), self.emb, strict=True):
             [shard] = [shard for shard in PLAN.placements[name] if shard.rank == 0]
-            block = Block(name, shard.rows, shard.columns, state)
+            block = Block(name, (shard.rows,), shard.columns, state)
             module.weight = nn.Parameter(ShardedTable(block.cut(value).clone(), value.shape, block))
             module.weight.grad = ShardedTable(block.cut(self.gradients[name]).clone(), value.shape, block)
         self.top = nn.Linear(4, 2)
@@ -75,7 +75,7 @@ class Sharded(nn.Module):
 
     def cut(self, name: str, rank: int, value: torch.Tensor) -> torch.Tensor:
         [shard] = [shard for shard in PLAN.placements[name] if shard.rank == rank]
-        return Block(name, shard.rows, shard.columns).cut(value)
+        return Block(name, (shard.rows,), shard.columns).cut(value)
 
 
 # ---------------------------------------------------------------------------------------------------------- state dicts
@@ -113,7 +113,7 @@ def test_a_sharded_model_gives_full_tensors_under_the_flat_names() -> None:
     model.world.rank = 1
     for module, name in zip(model.emb, model.flat, strict=True):  # the same program as rank 1 runs it
         [shard] = [shard for shard in PLAN.placements[name] if shard.rank == 1]
-        block = Block(name, shard.rows, shard.columns, module.weight.block.model)
+        block = Block(name, (shard.rows,), shard.columns, module.weight.block.model)
         module.weight = nn.Parameter(ShardedTable(block.cut(model.flat[name]).clone(), model.flat[name].shape, block))
     sent: list[torch.Tensor] = []
     model.world.move = lambda tensor, source, target, label: sent.append(tensor)  # type: ignore[method-assign]
@@ -122,6 +122,67 @@ def test_a_sharded_model_gives_full_tensors_under_the_flat_names() -> None:
         torch.equal(wire, model.cut(name, 1, value))
         for wire, (name, value) in zip(sent, model.flat.items(), strict=True)
     ] == [True, True]
+
+
+FIELDS = TowerPlan(  # of one parameter: the outer two fields on rank 1, the middle one on rank 0
+    topology=Topology(1, 2),
+    tables=(TableSpec("emb[0:3]", 3, 4), TableSpec("emb[3:10]", 7, 4), TableSpec("emb[10:12]", 2, 4)),
+    towers=(Tower("tower0", ("emb[0:3]", "emb[3:10]", "emb[10:12]"), (0,), 12),),
+    placements={
+        "emb[0:3]": (Shard(1, (0, 3), (0, 4)),),
+        "emb[3:10]": (Shard(0, (0, 7), (0, 4)),),
+        "emb[10:12]": (Shard(1, (0, 2), (0, 4)),),
+    },
+)
+FIELD_ROWS = ((3, 10),), ((0, 3), (10, 12))
+
+
+class FieldWorld:
+    """One of two ranks; rank 0 hears of each field what the flat table holds, rank 1 remembers what it sent."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, flat: torch.Tensor) -> None:
+        self.rank, self.flat = rank, flat
+        self.sent: dict[str, torch.Tensor] = {}
+
+    def move(self, tensor: torch.Tensor, source: int, target: int, label: str) -> None:
+        assert (source, target) == (1, 0)
+        field = label.removeprefix("gathering ")
+        first, end = (int(number) for number in field.removeprefix("emb[").removesuffix("]").split(":"))
+        if self.rank == 0:
+            tensor.copy_(self.flat[first:end])
+        else:
+            self.sent[field] = tensor.clone()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_fields_of_a_parameter_are_gathered_into_one_tensor(rank: int) -> None:
+    torch.manual_seed(0)
+    flat = torch.randn(12, 4)
+    world = FieldWorld(rank, flat)
+    block = Block("emb", FIELD_ROWS[rank], (0, 4), ModelState(FIELDS, cast(Any, world)))
+    model = nn.ModuleDict({"emb": nn.Embedding(12, 4)})
+    model["emb"].weight = nn.Parameter(ShardedTable(block.cut(flat).clone(), flat.shape, block))
+    guard_state_dict(model)
+    state = dmt_compile.full_state_dict(model)
+    if rank == 0:
+        assert list(state) == ["emb.weight"]
+        assert type(state["emb.weight"]) is torch.Tensor
+        assert torch.equal(state["emb.weight"], flat)
+        assert str(nn.ModuleDict({"emb": nn.Embedding(12, 4)}).load_state_dict(state)).startswith("<All keys")
+    else:
+        assert state == {}
+        assert torch.equal(torch.cat([*world.sent.values()]), flat[[0, 1, 2, 10, 11]])
+        assert list(world.sent) == ["emb[0:3]", "emb[10:12]"]
+
+
+def test_a_flat_state_dict_goes_into_the_fields_that_a_rank_owns() -> None:
+    block = Block("emb", FIELD_ROWS[1], (0, 4))
+    module, flat = nn.Embedding(12, 4), torch.randn(12, 4)
+    module.weight = nn.Parameter(ShardedTable(torch.zeros(5, 4), (12, 4), block))
+    assert str(module.load_state_dict({"weight": flat})) == "<All keys matched successfully>"
+    assert torch.equal(module.weight.local, flat[[0, 1, 2, 10, 11]])
 
 
 def test_a_plain_state_dict_of_a_sharded_model_is_refused() -> None:

@@ -7,14 +7,16 @@ import io
 import itertools
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
-from dmt_compile.errors import CheckpointError, DmtError, UnsupportedGraphError
+from dmt_compile.errors import CheckpointError, DmtError, PlanError, UnsupportedGraphError
+from dmt_compile.ir.embedding_graph import Table
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.runtime.sharding import block_of, shard_tables
 from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse, local_sparse
@@ -23,11 +25,12 @@ from dmt_compile.torch_internals import swap_contents
 
 ROWS, DIM = 12, 6
 BLOCKS = {
-    "whole": Block("emb.0", (0, ROWS), (0, DIM)),
-    "rows": Block("emb.0", (3, 9), (0, DIM)),
-    "columns": Block("emb.0", (0, ROWS), (2, 5)),
-    "both": Block("emb.0", (3, 9), (2, 5)),
-    "empty": Block("emb.0", (0, 0), (0, DIM)),
+    "whole": Block("emb.0", ((0, ROWS),), (0, DIM)),
+    "rows": Block("emb.0", ((3, 9),), (0, DIM)),
+    "columns": Block("emb.0", ((0, ROWS),), (2, 5)),
+    "both": Block("emb.0", ((3, 9),), (2, 5)),
+    "ranges": Block("emb.0", ((1, 3), (6, 7), (9, 10)), (0, DIM)),
+    "empty": Block("emb.0", ((0, 0),), (0, DIM)),
 }
 every_block = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS.keys())
 
@@ -117,19 +120,21 @@ def test_dense_optimizers_equal_the_flat_one_s_slice(name: str, block: Block) ->
 
 
 @pytest.mark.parametrize(
-    "block", [BLOCKS["whole"], BLOCKS["rows"], BLOCKS["columns"]], ids=["whole", "rows", "columns"]
+    "block",
+    [BLOCKS[name] for name in ("whole", "rows", "columns", "ranges")],
+    ids=["whole", "rows", "columns", "ranges"],
 )
 @pytest.mark.parametrize("name", SPARSE_OPTIMIZERS)
 def test_sparse_optimizers_equal_the_flat_one_s_slice(name: str, block: Block) -> None:
     sharded, flat = parameters(block)
     mine, theirs = SPARSE_OPTIMIZERS[name]([sharded]), SPARSE_OPTIMIZERS[name]([flat])
-    first, last = block.rows
+    own_rows = torch.cat([torch.arange(first, end) for first, end in block.rows])
     for _ in range(3):
-        ids = torch.randint(first, last, (5,))  # of a row shard: rows of its own, as its lookups make them
+        ids = own_rows[torch.randint(0, len(own_rows), (5,))]  # rows of its own, as its lookups make them
         values = torch.randn(5, DIM)
         flat.grad = torch.sparse_coo_tensor(ids.unsqueeze(0), values, (ROWS, DIM), check_invariants=False)
         own = values[:, block.columns[0] : block.columns[1]]
-        sharded.grad = flat_sparse(ids - first, own, (ROWS, DIM), block)
+        sharded.grad = flat_sparse(block.to_local(ids), own, (ROWS, DIM), block)
         mine.step()
         theirs.step()
         assert_is_block_of(sharded, flat, block)
@@ -155,7 +160,7 @@ def test_optimizer_state_takes_the_memory_of_the_block_alone(block: Block) -> No
     sharded, _ = parameters(block)
     optimizer = torch.optim.Adagrad([sharded])  # makes its state at once
     state = optimizer.state[sharded]["sum"]
-    elements = (block.rows[1] - block.rows[0]) * (block.columns[1] - block.columns[0])
+    elements = block.shape[0] * block.shape[1]
     assert local(state).untyped_storage().nbytes() == 4 * elements
     assert local(sharded).untyped_storage().nbytes() == 4 * elements
 
@@ -188,6 +193,33 @@ PLAN = TowerPlan(
 )
 
 
+FIELDS = TowerPlan(  # rows of one parameter: the outer two fields on rank 1, the middle one on rank 0
+    topology=Topology(1, 2),
+    tables=(TableSpec("emb[0:3]", 3, DIM), TableSpec("emb[3:10]", 7, DIM), TableSpec("emb[10:12]", 2, DIM)),
+    towers=(Tower("tower0", ("emb[0:3]", "emb[3:10]", "emb[10:12]"), (0,), 3 * DIM),),
+    placements={
+        "emb[0:3]": (Shard(1, (0, 3), (0, DIM)),),
+        "emb[3:10]": (Shard(0, (0, 7), (0, DIM)),),
+        "emb[10:12]": (Shard(1, (0, 2), (0, DIM)),),
+    },
+)
+FIELD_BLOCKS = Block("emb", ((3, 10),), (0, DIM)), Block("emb", ((0, 3), (10, 12)), (0, DIM))
+
+
+def found(tables: Mapping[str, nn.Parameter]) -> list[Table]:
+    """Return each parameter as one table, as ``check_lookups`` names it."""
+    return [Table(name, name, ROWS, DIM, parameter.dtype, parameter) for name, parameter in tables.items()]
+
+
+def found_fields(parameter: nn.Parameter) -> list[Table]:
+    """Return the tables of one parameter's fields."""
+    firsts = 0, 3, 10
+    return [
+        Table(spec.name, "emb", spec.rows, DIM, parameter.dtype, parameter, first)
+        for spec, first in zip(FIELDS.tables, firsts, strict=True)
+    ]
+
+
 def bytes_of(tensor: torch.Tensor) -> int:
     return local(tensor).untyped_storage().nbytes()
 
@@ -209,12 +241,13 @@ def test_sharding_cuts_parameters_gradients_and_optimizer_state_down_to_what_a_r
         optimizer.step()
     world = OneOfTwo(rank)
     identities = {name: id(table) for name, table in tables.items()}
-    shard_tables(tables, PLAN, cast(Any, world), model="the model")
+    shard_tables(found(tables), PLAN, cast(Any, world), model="the model")
     after = torch.optim.Adagrad(tables.values(), 0.1)
     assert world.moved == [(0, 1, (ROWS, DIM)), (0, 1, (4, DIM))]  # what rank 1 owns comes from rank 0
     elements = {"mine": (ROWS * DIM, 0), "theirs": (0, ROWS * DIM), "ours": (8 * DIM, 4 * DIM)}
-    for name, table in tables.items():
-        block = block_of(PLAN, name, rank, None)
+    for piece in found(tables):
+        name, table = piece.name, tables[piece.name]
+        block = block_of(PLAN, [piece], rank, None)
         assert id(table) == identities[name]
         assert table.block.model == "the model"
         assert_is_block_of(table, flat[name], block)
@@ -225,7 +258,7 @@ def test_sharding_cuts_parameters_gradients_and_optimizer_state_down_to_what_a_r
     for optimizer in before:
         optimizer.step()
     for name, table in tables.items():
-        assert_is_block_of(table, flat[name], block_of(PLAN, name, rank, None))
+        assert_is_block_of(table, flat[name], table.block)
         (table * 1.0).backward(torch.zeros_like(table))
         assert calls == [f"before {name}", name]  # once each
         calls.clear()
@@ -234,13 +267,94 @@ def test_sharding_cuts_parameters_gradients_and_optimizer_state_down_to_what_a_r
     assert calls == ["mine"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_fields_of_a_parameter_are_one_block_of_several_ranges(rank: int) -> None:
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(ROWS, DIM))
+    flat = nn.Parameter(parameter.detach().clone())
+    gradient = torch.randn(ROWS, DIM)
+    optimizers = [torch.optim.Adagrad([p], 0.1) for p in (parameter, flat)]
+    for p in (parameter, flat):
+        p.grad = gradient.clone()
+    for optimizer in optimizers:
+        optimizer.step()
+    world = OneOfTwo(rank)
+    block = FIELD_BLOCKS[rank]
+    assert block_of(FIELDS, found_fields(parameter), rank, None) == block
+    shard_tables(found_fields(parameter), FIELDS, cast(Any, world), model="the model")
+    assert world.moved == [(0, 1, (3, DIM)), (0, 1, (2, DIM))]
+    assert isinstance(parameter, ShardedTable)
+    assert (parameter.block, parameter.block.model) == (block, "the model")
+    state = optimizers[0].state[parameter]["sum"]
+    for mine, theirs in (
+        (parameter, flat),
+        (parameter.grad, gradient),
+        (state, optimizers[1].state[flat]["sum"]),
+    ):
+        assert_is_block_of(mine, theirs, block)
+        assert bytes_of(mine) == 4 * block.shape[0] * DIM
+    for optimizer in optimizers:
+        optimizer.step()
+    assert_is_block_of(parameter, flat, block)
+    assert_is_block_of(state, optimizers[1].state[flat]["sum"], block)
+
+
+def test_what_comes_from_rank_0_lands_in_its_own_rows() -> None:
+    class FromRankZero(OneOfTwo):
+        def move(self, tensor: torch.Tensor, source: int, target: int, label: str) -> None:
+            super().move(tensor, source, target, label)
+            tensor.copy_(torch.full_like(tensor, float(len(tensor))))
+
+    parameter = nn.Parameter(torch.zeros(ROWS, DIM))
+    shard_tables(found_fields(parameter), FIELDS, cast(Any, FromRankZero(1)), None)
+    assert local(parameter)[:, 0].tolist() == [3.0, 3.0, 3.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_sparse_gradient_keeps_the_rows_that_its_rank_owns(rank: int) -> None:
+    torch.manual_seed(0)
+    parameter, flat = nn.Parameter(torch.ones(ROWS, DIM)), nn.Parameter(torch.ones(ROWS, DIM))
+    for table in (parameter, flat):
+        nn.functional.embedding(torch.tensor([1, 4, 11, 4]), table, sparse=True).sum().backward()
+    shard_tables(found_fields(parameter), FIELDS, cast(Any, OneOfTwo(rank)), None)
+    own = {row for first, end in FIELD_BLOCKS[rank].rows for row in range(first, end)}
+    assert set(parameter.grad.coalesce().indices()[0].tolist()) <= own
+    for table in (parameter, flat):
+        torch.optim.SGD([table], 0.1).step()
+    assert_is_block_of(parameter, flat, FIELD_BLOCKS[rank])
+
+
+def test_fields_of_other_columns_on_one_rank_are_refused() -> None:
+    parameter = nn.Parameter(torch.zeros(ROWS, DIM))
+    halves = {
+        "emb[0:3]": (Shard(0, (0, 3), (0, 2)), Shard(1, (0, 3), (2, DIM))),
+        "emb[3:10]": (Shard(0, (0, 7), (0, DIM)),),
+        "emb[10:12]": (Shard(1, (0, 2), (2, DIM)), Shard(0, (0, 2), (0, 2))),
+    }
+    plan = replace(FIELDS, placements=halves)
+    with pytest.raises(
+        PlanError, match=r"sharding: expected one column range of emb on rank 0, found \[\(0, 2\), \(0, 6\)\]"
+    ):
+        block_of(plan, found_fields(parameter), 0, None)
+    assert block_of(plan, found_fields(parameter), 1, None) == Block("emb", ((0, 3), (10, 12)), (2, DIM))
+
+
+def test_a_rank_that_owns_no_field_holds_no_row() -> None:
+    plan = replace(FIELDS, placements={t.name: (Shard(0, (0, t.rows), (0, DIM)),) for t in FIELDS.tables})
+    parameter = nn.Parameter(torch.zeros(ROWS, DIM))
+    assert block_of(plan, found_fields(parameter), 1, None).shape == (0, DIM)
+    whole = block_of(plan, found_fields(parameter), 0, None)
+    assert torch.equal(whole.to_local(torch.arange(ROWS)), torch.arange(ROWS))
+    assert torch.equal(whole.to_flat(torch.arange(ROWS)), torch.arange(ROWS))
+
+
 def test_sparse_gradients_survive_sharding_on_their_owner_alone() -> None:
     tables = {name: nn.Parameter(torch.zeros(ROWS, DIM)) for name in PLAN.placements}
     for table in tables.values():
         nn.functional.embedding_bag(
             torch.tensor([1, 1]), table, torch.tensor([0, 1]), mode="sum", sparse=True
         ).sum().backward()
-    shard_tables(tables, PLAN, cast(Any, OneOfTwo(1)), None)
+    shard_tables(found(tables), PLAN, cast(Any, OneOfTwo(1)), None)
     assert tables["mine"].grad is None
     assert tables["theirs"].grad.to_dense()[1].tolist() == [2.0] * DIM
 
@@ -251,7 +365,7 @@ def test_a_table_in_a_living_autograd_graph_is_not_sharded() -> None:
     with pytest.raises(
         UnsupportedGraphError, match=r"expected table theirs free of earlier autograd graphs, found .*drop the outputs"
     ):
-        shard_tables(tables, PLAN, cast(Any, OneOfTwo(0)), None)
+        shard_tables(found(tables), PLAN, cast(Any, OneOfTwo(0)), None)
     assert held.shape == (ROWS, DIM)
 
 
@@ -339,7 +453,7 @@ def test_a_flat_tensor_is_copied_in_block_by_block(block: Block) -> None:
 
 
 def test_a_square_table_is_cut_by_rows_and_columns() -> None:
-    block = Block("emb.0", (1, 3), (0, 2))
+    block = Block("emb.0", ((1, 3),), (0, 2))
     flat = torch.arange(16.0).view(4, 4)
     table = shard(torch.zeros(4, 4), block)
     table.copy_(flat)
@@ -365,7 +479,7 @@ def test_copies_are_independent(block: Block) -> None:
 
 def test_a_table_describes_itself() -> None:
     table = shard(torch.zeros(ROWS, DIM), BLOCKS["rows"])
-    assert repr(table) == "ShardedTable(emb.0, shape=(12, 6), rows=(3, 9), columns=(0, 6))"
+    assert repr(table) == "ShardedTable(emb.0, shape=(12, 6), rows=((3, 9),), columns=(0, 6))"
     assert f"{table}" == repr(table)
 
 
@@ -442,13 +556,25 @@ def test_gradients_accumulate(block: Block) -> None:
     assert_is_block_of(sharded.grad, gradient * 3.0 + gradient * 2.0, block)
 
 
+def test_rows_of_several_ranges_are_numbered_through() -> None:
+    block = BLOCKS["ranges"]
+    assert block.shape == (4, DIM)
+    flat_rows = torch.tensor([1, 2, 6, 9])
+    assert block.to_flat(torch.arange(4)).tolist() == flat_rows.tolist()
+    assert block.to_local(flat_rows).tolist() == [0, 1, 2, 3]
+    assert [block.local_row(row) for row in flat_rows.tolist()] == [0, 1, 2, 3]
+    with pytest.raises(IndexError, match=r"row 8 of table emb\.0 is not among"):
+        block.local_row(8)
+    assert torch.equal(shard(torch.arange(72.0).view(ROWS, DIM), block).local[:, 0], 6.0 * flat_rows)
+
+
 def test_sparse_gradients_are_cut_and_widened() -> None:
     values = torch.arange(9.0).view(3, 3)
     for block in (BLOCKS["columns"], BLOCKS["both"]):
         ids = torch.tensor([0, 5, 2])
         flat = flat_sparse(ids, values, (ROWS, DIM), block)
         expected = torch.zeros(ROWS, DIM)
-        expected[ids + block.rows[0], 2:5] = values
+        expected[ids + block.rows[0][0], 2:5] = values
         assert torch.equal(flat.to_dense(), expected)
         assert torch.equal(local_sparse(flat.coalesce(), block).to_dense(), block.cut(expected))
 
@@ -492,7 +618,7 @@ def test_every_element_of_a_table_is_in_one_block_of_a_grid() -> None:
     flat = torch.randn(ROWS, DIM)
     covered = torch.zeros(ROWS, DIM)
     for rows, columns in itertools.product([(0, 5), (5, 12)], [(0, 1), (1, 6)]):
-        block = Block("emb.0", rows, columns)
+        block = Block("emb.0", (rows,), columns)
         block.cut(covered).add_(1)
         assert torch.equal(shard(flat, block).local, flat[rows[0] : rows[1], columns[0] : columns[1]])
     assert torch.equal(covered, torch.ones(ROWS, DIM))

@@ -1,0 +1,161 @@
+"""Rules that hold for any graph, and for lookups and features; each yields a sentence a breach."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from dmt_compile import torch_internals
+from dmt_compile.ir import exchange_ops as ex
+from dmt_compile.ir import ops
+from dmt_compile.ir.metadata import describe, same, symbols_of
+from dmt_compile.ir.pass_base import VIEWS, PassContext, ancestors, calls, mutates, name_of, nodes_in, placeholders
+
+_LOOKUPS = (ops.lookup, ops.batched_lookup)
+
+
+def lint(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lint warns of attributes that are no parameters
+            gm.graph.lint()
+    except (RuntimeError, ValueError) as error:
+        yield str(error).splitlines()[0]
+
+
+def metadata(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    known = set().union(*(symbols_of(n.meta.get("val")) for n in placeholders(gm)), set())
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if "val" not in node.meta:
+            yield f"{node.name} has no metadata"
+            continue
+        if any("val" not in source.meta for source in node.all_input_nodes):
+            continue
+        values = [id(source.meta["val"]) for source in node.all_input_nodes]
+        key = (node.target, node.args, node.kwargs, values, id(node.meta["val"]))
+        if node.meta.get("verified") == key:
+            continue
+        try:
+            with torch.no_grad():  # an in-place operation ran on these values before, autograd would refuse it now
+                derived = ctx.environment.derive(node, gm)
+        except Exception as error:
+            yield f"{node.name} does not accept its arguments: {str(error).splitlines()[0]}"
+            continue
+        if not same(node.meta["val"], derived, lambda symbol: symbol in known):
+            yield f"{node.name} is recorded as {describe(node.meta['val'])} but gives {describe(derived)}"
+        node.meta["verified"] = key
+
+
+def parameters(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    names = {node.name for node in placeholders(gm)}
+    for name in ctx.parameters.keys() - names:
+        yield f"parameter {ctx.flat_names[name]} lost its graph input {name}"
+    flat = [ctx.flat_names[name] for name in ctx.parameters]
+    for name in sorted({name for name in flat if flat.count(name) > 1}):
+        yield f"flat name {name} belongs to several graph inputs"
+
+
+def inputs(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    captured, now = ctx.captured_inputs, [node.name for node in placeholders(gm)]
+    if now != captured:
+        yield f"the inputs are {now}, expected {captured}"
+
+
+def outputs(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    known = set().union(*(symbols_of(n.meta.get("val")) for n in placeholders(gm)), set())
+    given = fx.map_arg(_output(gm).args[0], lambda n: n.meta.get("val"))
+    if not same(ctx.captured_outputs, given, lambda symbol: symbol in known):
+        yield f"the outputs are {describe(given)}, expected {describe(ctx.captured_outputs)}"
+
+
+def _output(gm: fx.GraphModule) -> fx.Node:
+    last: fx.Node = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    return last
+
+
+def unshared(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    for node in gm.graph.nodes:
+        origin = node.args[0] if mutates(node) and node.args else None
+        while isinstance(origin, fx.Node) and name_of(origin) in VIEWS - {"clone"}:
+            origin = origin.args[0]
+        if isinstance(origin, fx.Node) and origin.target in (ops.split_features, ops.check_batch):
+            yield f"{node.name} writes in place to what it shares with other features"
+
+
+def tables(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    inputs = {node.name: node for node in placeholders(gm)}
+    for table in ctx.embedding_graph.tables:
+        for user in inputs[table.placeholder].users:
+            if user.target not in _LOOKUPS:
+                yield f"table {table.name} is read by {user.name}, which is no lookup"
+
+
+def checked(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    for node in calls(gm, *_LOOKUPS):
+        read = node.args[1:3]  # the sizes of weights are checked with them
+        for source in nodes_in(read):
+            origin = source.args[0] if source.target is operator.getitem else source
+            if not isinstance(origin, fx.Node) or origin.target not in (ops.check_batch, ex.unpack_ids):
+                yield f"{node.name} reads {source.name}, which nothing has checked"
+
+
+def features(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    tables = {table.name: table.placeholder for table in ctx.embedding_graph.tables}
+    expected = Counter(tables[feature.table] for feature in ctx.embedding_graph.features)
+    read = Counter(table.name for node in calls(gm, *_LOOKUPS) for table in nodes_in(node.args[0]))
+    for name in sorted(expected.keys() | read.keys()):
+        if expected[name] != read[name]:
+            yield f"table {ctx.flat_names[name]} is looked up {read[name]} times, expected {expected[name]}"
+
+
+def groups(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    bags: dict[fx.Node, Any] = {}
+    for node in calls(gm, ops.lookup):
+        ids = node.args[1]
+        source = ids.args[0] if isinstance(ids, fx.Node) and ids.target is operator.getitem else None
+        size = torch_internals.canonical_expression(node.meta["val"].shape[0])
+        if isinstance(source, fx.Node) and source.target is ops.check_batch and bags.setdefault(source, size) != size:
+            yield f"{node.name} has {size} bags in a group of {bags[source]}"
+
+
+def one_tower(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    for table in ctx.embedding_graph.tables:
+        towers = [t.name for t in ctx.plan.towers if table.name in t.tables] if ctx.plan is not None else []
+        if len(towers) != 1:
+            yield f"table {table.name} is in {len(towers)} towers"
+
+
+def fused(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    for node in calls(gm, ops.lookup, ex.join_features):
+        yield f"{node.name} was not fused"
+
+
+def regions(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    functions = (torch.nn.functional.embedding_bag, torch.nn.functional.embedding)
+    operators = [node for node in gm.graph.nodes if node.target in ops.OPERATORS]
+    feeding = ancestors([source for node in operators for source in node.all_input_nodes])
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        outside = node in feeding or node in operators or node.target in (*functions, operator.getitem)
+        if node.op not in ("call_function", "call_method") or outside:
+            continue
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            dense = [n.name for n in map(_behind_averaging, node.all_input_nodes) if n.name in ctx.parameters]
+            if dense:
+                yield f"{node.name} computes on {dense} outside every dense region"
+
+
+def _behind_averaging(node: fx.Node) -> fx.Node:
+    """Return the parameter that a node is, where it passed through gradient averaging."""
+    bucket = node.args[0] if node.target is operator.getitem else None
+    if isinstance(bucket, fx.Node) and bucket.target is ex.synchronize:
+        return nodes_in(bucket.args[0])[node.args[1]]  # type: ignore[index]
+    return node
