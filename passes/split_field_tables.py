@@ -3,7 +3,8 @@
 Factorization-machine code often keeps all fields in one ``nn.Embedding``, and adds a constant offset to the ids of each
 field: column ``f`` of ``ids + offsets`` reads rows ``offsets[f]`` to ``offsets[f + 1]`` alone. Each such range can live
 on a rank of its own, so it becomes a table of its own, ``emb[100:150]``. The offsets may be a buffer or made from
-numbers; they are read when the model is compiled, and every batch is checked to keep to its ranges.
+numbers; they are read when the model is compiled, and every batch is checked to keep to its ranges. Of a model on the
+meta device a buffer has no numbers yet: plan such a model with its buffers on a real device.
 """
 
 from __future__ import annotations

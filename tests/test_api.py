@@ -284,3 +284,28 @@ def test_an_interaction_that_is_not_recognised_is_said_to_be() -> None:
     explanation = dmt_compile.explain(Mixed(), mixed_batch())  # adds its features up
     assert explanation.interaction is None
     assert "Interaction: not recognised; SPTT needs the lookups alone." in str(explanation)
+
+
+class InTwoGraphs(nn.Module):
+    """Tables on both sides of a graph break, and a buffer that a training forward updates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Embedding(7, 4), nn.Embedding(9, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.norm(self.before(ids))
+        torch._dynamo.graph_break()
+        return rows + self.after(ids)
+
+
+def test_all_graphs_of_a_model_are_explained_and_its_buffers_kept() -> None:
+    model = InTwoGraphs()
+    explanation = dmt_compile.explain(model, torch.tensor([1, 2, 6]), topology="2x1")
+    assert [table.name for table in explanation.tables] == ["before", "after"]
+    assert sorted(explanation.plan.placements) == ["after", "before"]
+    assert explanation.batch_size == 3
+    assert next(r for r in explanation.passes if r.name == "find_tables").report.matched == 2
+    assert not model.norm.running_mean.any()
+    assert int(model.norm.num_batches_tracked) == 0

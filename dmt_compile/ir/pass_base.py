@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -189,27 +189,24 @@ _IN_PLACE = {
 }
 
 
-def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return all nodes that ``nodes`` depend on, themselves included."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
+    return _closure(nodes, lambda node: node.all_input_nodes)
 
 
-def dependents(nodes: list[fx.Node]) -> set[fx.Node]:
+def dependents(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return all nodes that depend on one of ``nodes``, these included."""
+    return _closure(nodes, lambda node: node.users)
+
+
+def _closure(nodes: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack.extend(node.users)
+            stack.extend(onward(node))
     return found
 
 

@@ -22,8 +22,13 @@ class DenseRegion(nn.Module):
         self._compiled: list[Callable[..., Any]] = []  # in a list: nn.Module would adopt a module as its child
 
     def forward(self, *args: Any) -> Any:
-        """Return the region's outputs as a tuple."""
-        run = self._compiled[0] if self._compiled else self.graph_module
+        """Return the region's outputs as a tuple.
+
+        An empty batch runs uncompiled: some operators that compilers call directly, such as PyTorch's attention for
+        CPUs, divide by the number of samples and end the process.
+        """
+        empty = any(isinstance(value, torch.Tensor) and not value.numel() for value in args)
+        run = self._compiled[0] if self._compiled and not empty else self.graph_module
         return run(*args)
 
     def compile_for(self, inputs: Sequence[Any], mode: FakeTensorMode) -> str | None:

@@ -161,3 +161,13 @@ def test_strict_makes_that_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(UnsupportedGraphError, match=text):
         dlrm(dense_compiler="inductor", strict=True).advance(NAME)
+
+
+def test_an_empty_batch_runs_uncompiled() -> None:
+    graph = fx.Graph()
+    rows = graph.placeholder("rows")
+    graph.output((graph.call_function(torch.mul, (rows, 2)),))
+    region = DenseRegion(fx.GraphModule({}, graph), "inductor")
+    region._compiled = [lambda rows: ("compiled",)]
+    assert region(torch.ones(1, 3)) == ("compiled",)
+    assert region(torch.ones(0, 3))[0].shape == (0, 3)
