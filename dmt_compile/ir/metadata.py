@@ -103,7 +103,7 @@ def _fake_lookup(target: Any, input: Any, weight: Any, *args: Any, **kwargs: Any
     if target is _F.embedding_bag:
         offsets: Any = args[0] if args else kwargs.get("offsets")
         last = args[7] if len(args) > 7 else kwargs.get("include_last_offset", False)
-        bags = input.shape[0] if input.ndim == 2 else offsets.shape[0] - bool(last)
+        bags = input.shape[0] if input.ndim == 2 else offsets.shape[0] - int(last)
         shape = (bags, weight.shape[1])
     weights = args[6] if len(args) > 6 else kwargs.get("per_sample_weights")
     return requires_grad(weight.new_empty(shape), weight, weights)

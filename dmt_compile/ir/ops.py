@@ -106,7 +106,7 @@ def even_offsets(ids_BL: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_lookup(sizes: FreshSizes, table: Any, ids: Any, offsets: Any, weights: Any, how: Any) -> Any:
-    bags = ids.shape[0] if offsets is None else offsets.shape[0] - how.last_offset
+    bags = ids.shape[0] if offsets is None else offsets.shape[0] - int(how.last_offset)
     return requires_grad(table.new_empty(bags, table.shape[1]), table, weights)
 
 
