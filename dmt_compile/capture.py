@@ -120,10 +120,8 @@ def dynamic_dims(gm: fx.GraphModule, capture: Capture) -> dict[str, tuple[int, .
     treats all positions alike; a matrix of one column a field is taken apart, or meets something of a fixed length.
     """
     dims: dict[str, tuple[int, ...]] = {}
-    mixed: set[fx.Node] = set()  # lookups and all that follows from them: its length is the model's own business
-    for node in gm.graph.nodes:
-        if name_of(node) in _LOOKUPS or any(source in mixed for source in node.all_input_nodes):
-            mixed.add(node)
+    # Lookups and all that follows from them: its length is the model's own business.
+    mixed = dependents(node for node in gm.graph.nodes if name_of(node) in _LOOKUPS)
     for node in placeholders(gm):
         tensor = capture.inputs.get(node.name)
         if isinstance(tensor, torch.Tensor) and tensor.ndim:

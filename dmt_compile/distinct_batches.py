@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from dmt_compile import torch_internals
 from dmt_compile.errors import ConfigError
-from dmt_compile.ir.pass_base import ancestors
+from dmt_compile.ir.pass_base import ancestors, name_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 
@@ -85,8 +85,7 @@ def _is_input(node: fx.Node) -> bool:
 
 
 def _keeps_values(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in _SAME_VALUES and len(node.all_input_nodes) == 1
+    return name_of(node) in _SAME_VALUES and len(node.all_input_nodes) == 1
 
 
 def draw_calls(model: nn.Module, call: Call, reads: Reads, ranks: int, seed: int) -> list[Call]:

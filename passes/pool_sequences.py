@@ -72,7 +72,7 @@ class PoolSequences(Pass):
         user = users[0]
         weights: fx.Node | None = None
         if name_of(user) in _PRODUCTS:
-            weights, reason = self._weights(user, sequence, lookup)
+            weights, reason = self._weights(user, sequence)
             if reason is not None:
                 return reason
         how = lookup.args[4]
@@ -93,7 +93,7 @@ class PoolSequences(Pass):
         self._rewrite(gm, ctx, lookup, sequence, pooling, weights, mode, keep)
         return None
 
-    def _weights(self, product: fx.Node, sequence: fx.Node, lookup: fx.Node) -> tuple[fx.Node | None, str | None]:
+    def _weights(self, product: fx.Node, sequence: fx.Node) -> tuple[fx.Node | None, str | None]:
         """Return the factor of each position in a product with a sequence, or why there is none."""
         others = [n for n in product.args[:2] if n is not sequence]
         factor = others[0] if len(others) == 1 else None
@@ -112,7 +112,7 @@ class PoolSequences(Pass):
             return None, "it is not multiplied with one factor a position"
         if torch.promote_types(value.dtype, rows.dtype) != rows.dtype:
             return None, "its factors are of a wider type"
-        if lookup in ancestors([factor]) or any(n.target is ops.lookup for n in ancestors([factor])):
+        if any(n.target is ops.lookup for n in ancestors([factor])):
             return None, "its factors depend on a lookup"
         return factor, None
 

@@ -6,15 +6,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from rich.box import ASCII_DOUBLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from dmt_compile.errors import ConfigError
+from dmt_compile.inspection.tables import plain_console, stripped
 from dmt_compile.ir.stages import Effect
 
 CERTIFICATE_VERSION = 1
@@ -158,15 +157,7 @@ def _finite(number: float) -> float | str:
 
 def certificate_text(certificate: Certificate, width: int = 110) -> str:
     """Return a certificate as plain text: the verdict, what was compared, and each quantity, failures first."""
-    console = Console(
-        file=StringIO(),
-        width=width,
-        color_system=None,
-        force_terminal=False,
-        markup=False,
-        emoji=False,
-        highlight=False,
-    )
+    console = plain_console(width)
     failed = [q for q in certificate.quantities if not q.holds]
     total = len(certificate.quantities)
     verdict = "HOLDS" if not failed else f"DOES NOT HOLD for {len(failed)} of {total} quantities"
@@ -181,7 +172,7 @@ def certificate_text(certificate: Certificate, width: int = 110) -> str:
         if certificate.options:
             console.print("Options: " + ", ".join(f"{name}={value}" for name, value in certificate.options.items()))
         console.print(_table(failed + [q for q in certificate.quantities if q.holds]))
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+    return stripped(capture.get())
 
 
 def _table(quantities: list[Quantity]) -> Table:

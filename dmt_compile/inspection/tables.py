@@ -92,19 +92,28 @@ def _render(texts: Sequence[str], numbers: Sequence[str], rows: Sequence[Row], m
         shown = chain(rows[:FIRST_LINES], [(f"... {hidden} more",)], rows[-LAST_LINES:])
     for row in shown:
         table.add_row(*row)
-    # Names may hold brackets and colons, which rich would read as markup and emoji.
-    console = Console(
+    console = plain_console(WIDTH)
+    with console.capture() as capture:
+        console.print(table)
+    return stripped(capture.get())
+
+
+def plain_console(width: int) -> Console:
+    """Return a console for text alone: names may hold brackets and colons, which rich reads as markup and emoji."""
+    return Console(
         file=StringIO(),
-        width=WIDTH,
+        width=width,
         color_system=None,
         force_terminal=False,
         markup=False,
         emoji=False,
         highlight=False,
     )
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def stripped(text: str) -> str:
+    """Return what a console captured without trailing blanks."""
+    return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
 
 
 def _count(number: int, what: str) -> str:
