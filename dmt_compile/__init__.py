@@ -22,6 +22,7 @@ from dmt_compile.runtime.clipping import clip_grad_norm_
 from dmt_compile.runtime.simulated_world import SimulatedWorld
 from dmt_compile.runtime.state import full_state_dict
 from dmt_compile.topology import Topology
+from dmt_compile.transformation import TransformedModel, transform
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "Topology",
     "Tower",
     "TowerPlan",
+    "TransformedModel",
     "UnsupportedGraphError",
     "VerifyError",
     "certify",
@@ -48,4 +50,5 @@ __all__ = [
     "explain",
     "full_state_dict",
     "plan",
+    "transform",
 ]

@@ -24,8 +24,9 @@ from dmt_compile.ir.pass_base import PassContext
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.pipeline import PassRecord, PipelineReport
 from dmt_compile.plan import TableSpec, TowerPlan
-from dmt_compile.runtime.session import Passes, next_dump, plan_for, world_size
+from dmt_compile.runtime.session import Passes, Session, next_dump, plan_for, world_size
 from dmt_compile.topology import Topology
+from dmt_compile.towers import NAME
 
 
 def plan(
@@ -144,7 +145,7 @@ def _to_meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
-class _CaptureSession:
+class _CaptureSession(Session):
     """Runs the passes on each of a model's graphs, and no program."""
 
     def __init__(self, options: Options, until: Stage) -> None:
@@ -166,8 +167,10 @@ class _CaptureSession:
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture | None = None) -> TowerPlan:
         """Plan for the stated topology."""
-        elsewhere = [] if capture is None else capture.other_tables(tables)
-        return plan_for(self.options, self.topology, tables, elsewhere)
+        if capture is None:
+            return plan_for(self.options, self.topology, tables)
+        towers = getattr(capture.root, NAME, None)
+        return plan_for(self.options, self.topology, tables, capture.other_tables(tables), towers)
 
     def program(self, capture: Capture, run: Passes) -> Callable[..., Any]:
         """Stop where no graph can follow; let the model run on in eager mode otherwise."""

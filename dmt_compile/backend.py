@@ -16,6 +16,7 @@ from dmt_compile.ir.stages import Stage
 from dmt_compile.pipeline import run_pipeline
 from dmt_compile.runtime.distributed_session import DistributedSession
 from dmt_compile.runtime.session import LocalSession, Session, world_size
+from dmt_compile.towers import NAME
 
 
 def dmt(
@@ -95,11 +96,15 @@ def run_passes(
     ctx = PassContext(
         options=options,
         topology=session.topology,
-        flat_names=capture.flat_names,
-        parameters=capture.parameters,
+        flat_names=dict(capture.flat_names),
+        parameters=dict(capture.parameters),
         inputs=capture.inputs,
         choose_plan=lambda tables: session.choose_plan(tables, capture),
         training=torch.is_grad_enabled(),
+        root=capture.root,
+        towers=getattr(capture.root, NAME, session.towers),
+        inline_towers=session.inline_towers,
+        rank=session.rank,
     )
     dump = session.dump() if until is Stage.LOWERED else None
     report = run_pipeline(gm, ctx, until, dump)

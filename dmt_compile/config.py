@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dmt_compile.errors import ConfigError
-from dmt_compile.plan import TowerPlan
+from dmt_compile.plan import TowerModules, TowerPlan
 from dmt_compile.topology import Topology
+from dmt_compile.tower_modules import KINDS
 
 PARTITIONS = ("balanced", "strided")
 DENSE_COMPILERS = ("inductor", "aot_eager", "eager")
@@ -32,6 +33,11 @@ class Options:
         towers: ``"host"`` (one per host) or a number of towers that divides, or is a multiple of, the hosts.
         partition: ``"balanced"`` (bytes moved and memory), ``"strided"`` (table ``i`` to tower ``i % towers``), or an
             explicit list of lists of table names, one list a tower.
+        tower_module: what compresses each tower before its embeddings cross hosts, which changes the model: ``None``, a
+            kind of :mod:`dmt_compile.tower_modules` (``"dlrm"``, ``"dcn"``, ...), or a callable
+            ``(tower: TowerSpec) -> nn.Module``.
+        tower_module_options: of that kind, such as ``{"c": 1, "p": 0, "dim": 64}``.
+        seed: of the Tower Modules' initial values, and those of the layers that get another size.
         dense_compiler: what compiles the dense regions: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         check_ids: check every id against its table's rows before it is used.
         strict: an unsupported region is an error, not a fallback.
@@ -49,6 +55,9 @@ class Options:
     topology: Topology | str = "auto"
     towers: int | str = "host"
     partition: str | Sequence[Sequence[str]] = "balanced"
+    tower_module: str | Callable[..., Any] | None = None
+    tower_module_options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
     dense_compiler: str = "inductor"
     check_ids: bool = True
     strict: bool = False
@@ -74,6 +83,7 @@ class Options:
                 )
         else:
             self._check_explicit(self.partition)
+        self._check_tower_module()
         if self.dense_compiler not in DENSE_COMPILERS:
             raise ConfigError(
                 f"options: expected a known 'dense_compiler', found {self.dense_compiler!r}"
@@ -102,6 +112,52 @@ class Options:
                 "options: expected either 'towers' or an explicit 'partition', found both; "
                 "the number of lists is the number of towers, drop 'towers'"
             )
+
+    def _check_tower_module(self) -> None:
+        if isinstance(self.tower_module, str):
+            if self.tower_module not in KINDS:
+                raise ConfigError(
+                    f"options: expected a known 'tower_module', found {self.tower_module!r}"
+                    + _nearest(self.tower_module, tuple(KINDS))
+                )
+        elif not (self.tower_module is None or callable(self.tower_module)):
+            raise ConfigError(
+                f"options: expected a name, a callable or None for 'tower_module', found {self.tower_module!r}"
+            )
+        if not isinstance(self.tower_module_options, Mapping):
+            raise ConfigError(
+                f"options: expected a dict for 'tower_module_options', found {self.tower_module_options!r}"
+            )
+        if self.tower_module_options and self.tower_module is None:
+            raise ConfigError(
+                "options: expected 'tower_module' beside 'tower_module_options', found it missing; name a kind, such "
+                f"as {next(iter(KINDS))!r}"
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"options: expected a whole number for 'seed', found {self.seed!r}")
+
+    def recipe(self, plan: TowerPlan) -> TowerModules | None:
+        """Return what makes the Tower Modules: the plan's own, or these options'.
+
+        Raises:
+            ConfigError: the plan has others, or its callable was not passed again.
+        """
+        recorded, given = plan.tower_modules, self.tower_module
+        if given is None:
+            if recorded is not None and recorded.kind not in KINDS:
+                raise ConfigError(
+                    f"options: expected the callable {recorded.kind} of the plan's Tower Modules as 'tower_module', "
+                    "found none; pass it again, a plan holds its name only"
+                )
+            return recorded
+        kind = given if isinstance(given, str) else f"{given.__module__}.{given.__qualname__}"
+        recipe = TowerModules(kind, dict(self.tower_module_options), self.seed)
+        if recorded is not None and recorded.kind != kind:
+            raise ConfigError(
+                f"options: expected the plan's Tower Modules {recorded.kind!r}, found 'tower_module' {kind!r}; drop it, "
+                "or make a new plan"
+            )
+        return recorded or recipe
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any] | None) -> Options:

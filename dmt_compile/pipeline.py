@@ -20,6 +20,7 @@ from dmt_compile.passes.check_lookups import CheckLookups
 from dmt_compile.passes.compile_dense_regions import CompileDenseRegions
 from dmt_compile.passes.find_interaction import FindInteraction
 from dmt_compile.passes.find_tables import FindTables
+from dmt_compile.passes.insert_tower_modules import InsertTowerModules
 from dmt_compile.passes.lower_to_sptt import LowerToSptt
 from dmt_compile.passes.normalize_graph import NormalizeGraph
 from dmt_compile.passes.partition_towers import PartitionTowers
@@ -41,6 +42,7 @@ def passes_in_order(options: Options) -> tuple[Pass, ...]:
         CheckLookups(),  # names what all later passes speak of
         FindInteraction(),  # needs the features
         PartitionTowers(),  # needs the tables, and the interaction once towers are chosen by affinity
+        InsertTowerModules(),  # needs the towers; before exchanges, which it makes narrower
         PlaceTables(),  # needs the towers
         LowerToSptt(),  # needs the placements
         SyncDenseGradients(),  # after the exchanges: whatever is still a trained input is dense

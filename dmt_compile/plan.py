@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from dmt_compile.errors import PlanError
 from dmt_compile.topology import Topology
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 def parameter_of(table: str) -> tuple[str, int]:
@@ -95,8 +96,26 @@ class Tower:
 
 
 @dataclass(frozen=True)
+class TowerModules:
+    """What makes the Tower Modules of a plan.
+
+    Args:
+        kind: a name of :mod:`dmt_compile.tower_modules`, or the qualified name of a callable to be passed again.
+        options: of that kind, as JSON can hold them.
+        seed: of their initial values and those of the layers that get another size.
+    """
+
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class TowerPlan:
-    """Towers, placements and the topology they were made for; equal on every rank, saved as readable JSON."""
+    """Towers, placements and the topology they were made for; equal on every rank, saved as readable JSON.
+
+    ``tower_modules`` is ``None`` where every tower sends its features as they are.
+    """
 
     topology: Topology
     tables: tuple[TableSpec, ...]
@@ -104,6 +123,7 @@ class TowerPlan:
     placements: dict[str, tuple[Shard, ...]]
     partition: str = "balanced"
     notes: tuple[str, ...] = field(default=())
+    tower_modules: TowerModules | None = None
 
     def __post_init__(self) -> None:
         self._check()
@@ -248,6 +268,7 @@ class TowerPlan:
             f'  "tables": {rows([json.dumps(asdict(t)) for t in self.tables])},\n'
             f'  "towers": {rows([json.dumps(asdict(t)) for t in self.towers])},\n'
             f'  "placements": {rows(placements)},\n'
+            f'  "tower_modules": {json.dumps(None if self.tower_modules is None else asdict(self.tower_modules))},\n'
             f'  "notes": {json.dumps(list(self.notes))}\n'
             "}\n"
         )
@@ -277,6 +298,7 @@ class TowerPlan:
                 placements=placements,
                 partition=data["partition"],
                 notes=tuple(data["notes"]),
+                tower_modules=None if data["tower_modules"] is None else TowerModules(**data["tower_modules"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"plan: expected a tower plan in JSON, found {error!r}") from error

@@ -19,6 +19,7 @@ from torch import nn
 from torch._C._distributed_c10d import Store
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.decorators import mark_unbacked, maybe_mark_dynamic
+from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, tracing
@@ -55,6 +56,13 @@ def _source_text(source: Any) -> str:
     return str(source.name() if callable(source.name) else source.name)  # a method until torch 2.11
 
 
+def _evaluate(source: Any, output: Any) -> Any:
+    try:
+        return eval(_source_text(source), output.global_scope, {"L": output.local_scope, "G": output.global_scope})
+    except Exception:
+        return None  # a source that only exists inside Dynamo, such as a cell
+
+
 def source_modules(source: Any) -> list[nn.Module]:
     """Return the ``nn.Module`` objects that a graph input was reached through, outermost first.
 
@@ -63,14 +71,23 @@ def source_modules(source: Any) -> list[nn.Module]:
     output = InstructionTranslator.current_tx().output
     found: list[nn.Module] = []
     while source is not None:
-        try:
-            value = eval(_source_text(source), output.global_scope, {"L": output.local_scope, "G": output.global_scope})
-        except Exception:
-            value = None  # a source that only exists inside Dynamo, such as a cell
+        value = _evaluate(source, output)
         if isinstance(value, nn.Module):
             found.append(value)
         source = getattr(source, "base", None)
     return found[::-1]
+
+
+def guard_identity(module: nn.Module) -> None:
+    """Guard the graph that is being compiled on this very module, among those through which its inputs were reached."""
+    output = InstructionTranslator.current_tx().output
+    for node in output.graph.nodes:
+        source = source_of(node) if node.op == "placeholder" else None
+        while source is not None:
+            if _evaluate(source, output) is module:
+                output.guards.add(source.make_guard(GuardBuilder.ID_MATCH))
+                return
+            source = getattr(source, "base", None)
 
 
 def variable_name(source: Any) -> str:
@@ -273,6 +290,11 @@ def unlimited_recompiles() -> contextlib.AbstractContextManager[Any]:
         recompile_limit=10**6, accumulated_recompile_limit=10**6
     )
     return lifted
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has no numbers; also of a wrapper around one, but not of what AOTAutograd traces with."""
+    return isinstance(getattr(tensor, "_local", tensor), FakeTensor)
 
 
 def attribute(module: nn.Module, path: str) -> Any:

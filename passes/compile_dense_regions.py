@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from dmt_compile.ir.exchange_ops import broadcast_buffers, synchronize
+from dmt_compile.ir.exchange_ops import broadcast_buffers, run_towers, synchronize
 from dmt_compile.ir.ops import OPERATORS
-from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, sort_graph
+from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, calls, sort_graph
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.runtime.regions import DenseRegion
 
@@ -43,16 +43,34 @@ class CompileDenseRegions(Pass):
         """Rewrite ``gm`` in place."""
         skipped: list[tuple[str, str]] = []
         regions = self._regions(gm, ctx)
+        jobs: list[tuple[str, fx.Node, DenseRegion, list[Any]]] = []
         for index, nodes in enumerate(regions):
             region, inputs = self._extract(gm, nodes, f"dense_{index}")
-            reason = region.compile_for([node.meta["val"] for node in inputs], ctx.environment.mode)
+            jobs.append((f"dense_{index}", nodes[-1], region, [node.meta["val"] for node in inputs]))
+        jobs += self._towers(gm, ctx)
+        for name, node, region, fakes in jobs:
+            reason = region.compile_for(fakes, ctx.environment.mode)
             if reason is not None:
-                line = ctx.leave(nodes[-1], f"{self.dense_compiler} failed: {reason}", self.name)
-                logger.warning("compile_dense_regions: dense_%d runs in eager mode: %s", index, line[1])
+                line = ctx.leave(node, f"{self.dense_compiler} failed: {reason}", self.name)
+                logger.warning("compile_dense_regions: %s runs in eager mode: %s", name, line[1])
                 skipped.append(line)
         sort_graph(gm)
         effect = Effect.EXACT if self.dense_compiler == "eager" else Effect.REORDERED
-        return PassReport(bool(regions), len(regions), tuple(skipped), effect)
+        return PassReport(bool(jobs), len(jobs), tuple(skipped), effect)
+
+    def _towers(self, gm: fx.GraphModule, ctx: PassContext) -> list[tuple[str, fx.Node, DenseRegion, list[Any]]]:
+        """Return the Tower Modules that this rank runs, which are regions already."""
+        found = []
+        for node in calls(gm, run_towers):
+            _, route, towers, regions, given = node.args
+            mine = None if ctx.rank is None else route.meta["val"].layout.topology.host_of(ctx.rank)  # type: ignore[union-attr]
+            for tower in towers:  # type: ignore[union-attr]
+                if tower.region >= 0 and mine in (None, tower.group):
+                    region = regions[tower.region].meta["val"]  # type: ignore[index, union-attr]
+                    start = next(iter(region.graph_module.graph.nodes)).meta["val"]
+                    fakes = [start, *(n.meta["val"] for n in given[tower.region])]  # type: ignore[index, union-attr]
+                    found.append((str(regions[tower.region]), node, region, fakes))  # type: ignore[index]
+        return found
 
     def _regions(self, gm: fx.GraphModule, ctx: PassContext) -> list[list[fx.Node]]:
         outer = {n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr", "output") or self._is_sparse(n)}

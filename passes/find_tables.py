@@ -2,7 +2,8 @@
 
 Matched: ``torch.nn.functional.embedding_bag`` and ``embedding`` (``nn.EmbeddingBag`` and ``nn.Embedding`` call them) of
 a parameter that is a graph input and is read by lookups alone. Ids become 1-D: a matrix of ids is B bags of L ids for
-``embedding_bag``, and B x L bags of one id for ``embedding``. Everything else stays as it is, with the reason.
+``embedding_bag``, and B x L bags of one id for ``embedding``. Everything else stays as it is, with the reason. The
+lookups of a transformed model are canonical already.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import fx
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.ir import ops
 from dmt_compile.ir.embedding_graph import source_line
-from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, calls
+from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, calls, erase_unused
 from dmt_compile.ir.stages import Stage
 from dmt_compile.kernels.batched_lookup.reference import Pooling
 
@@ -55,6 +56,9 @@ class FindTables(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassReport:
         """Rewrite ``gm`` in place."""
+        canonical = calls(gm, ops.lookup)
+        for node in canonical:
+            self._read_pooling(gm, node)
         lookups = {node: self._arguments(node) for node in calls(gm, _F.embedding_bag, _F.embedding)}
         skipped: list[tuple[str, str]] = []
         matched = dict(lookups)
@@ -67,7 +71,15 @@ class FindTables(Pass):
                 self._rewrite(gm, ctx, node, arguments)
             else:
                 skipped.append(self._leave(node, reasons[node], arguments, ctx))
-        return PassReport(changed=bool(matched), matched=len(matched), skipped=tuple(skipped))
+        found_all = len(matched) + len(canonical)
+        return PassReport(changed=bool(found_all), matched=found_all, skipped=tuple(skipped))
+
+    def _read_pooling(self, gm: fx.GraphModule, lookup: fx.Node) -> None:
+        """Read the last argument of a transformed model's lookup, which Dynamo builds in the graph."""
+        built = lookup.args[4]
+        if isinstance(built, fx.Node):
+            lookup.update_arg(4, Pooling(*built.args, **built.kwargs))  # type: ignore[arg-type]
+            erase_unused(gm, built)
 
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
         defaults = _BAG_DEFAULTS if node.target is _F.embedding_bag else _EMBEDDING_DEFAULTS

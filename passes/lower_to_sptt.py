@@ -8,7 +8,8 @@ between each table is read by its owner alone:
     unpack_ids, lookup, join_features        b: pooled rows in rank order
     peer_permute                             c: rows in peer order
     all_to_all intra, join_blocks            d, e: all features of the tower, for the samples of this rank's peers
-    all_to_all peer, join_blocks             f: all features of this rank's samples
+    run_towers                               the Tower Modules, where there are some
+    all_to_all peer, join_blocks             f: all features, or towers' outputs, of this rank's samples
     scale_gradient, split_features           1 / ranks in the backward pass; columns back to features
 
 Steps c to e fall away where a tower has one rank, step f where there is one tower group. The backward pass mirrors the
@@ -30,6 +31,7 @@ from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, only_joined, sort_graph
 from dmt_compile.ir.stages import Stage
+from dmt_compile.ir.tower_regions import find_towers
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,25 @@ class LowerToSptt(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassReport:
         """Rewrite ``gm`` in place."""
         if not ctx.distributed:
-            return PassReport(changed=False, skipped=(("graph", "one rank: nothing to exchange"),))
+            inside = self._dissolve(gm, ctx)
+            return PassReport(changed=bool(inside), skipped=(("graph", "one rank: nothing to exchange"),))
         checks = calls(gm, ops.check_batch)
         if not checks:
             return PassReport(changed=False, skipped=(("graph", "no lookup"),))
         matched = sum(self._lower(gm, ctx, check) for check in checks)
         sort_graph(gm)
         return PassReport(changed=True, matched=matched)
+
+    def _dissolve(self, gm: fx.GraphModule, ctx: PassContext) -> int:
+        """On one rank towers are dense computation like any other."""
+        markers = calls(gm, ops.tower_input, ops.tower_output)
+        for node in markers:
+            features = list(node.args[0]) if node.target is ops.tower_input else []  # type: ignore[arg-type]
+            with gm.graph.inserting_before(node):
+                new = ctx.call(gm, torch.cat, features, 1, like=node) if features else node.args[0]
+            node.replace_all_uses_with(new)  # type: ignore[arg-type]
+            gm.graph.erase_node(node)
+        return len(markers)
 
     def _lower(self, gm: fx.GraphModule, ctx: PassContext, check: fx.Node) -> int:
         """Put the exchanges around the lookups of one group, and return how many they are."""
@@ -60,6 +74,7 @@ class LowerToSptt(Pass):
         owners = tuple(ctx.plan.owner(tables[lookup.name]) for lookup in lookups)
         values = [lookup.meta["val"] for lookup in lookups]
         widths = tuple(int(value.shape[1]) for value in values)
+        towers = find_towers(gm, ctx, lookups)
         promoted = functools.reduce(torch.promote_types, (value.dtype for value in values))
         dtype = str(promoted).removeprefix("torch.")
         ids, offsets, how, weights, others, rows, labels, check_ids = check.args
@@ -70,7 +85,8 @@ class LowerToSptt(Pass):
             return ctx.call(gm, target, *args, like=lookups[0])  # type: ignore[arg-type]
 
         with gm.graph.inserting_before(check):
-            layout = call(ex.layout, groups.hosts, groups.local_ranks, owners, widths, jagged, weighted)
+            outputs = towers.group_widths(groups.hosts)
+            layout = call(ex.layout, groups.hosts, groups.local_ranks, owners, widths, jagged, weighted, outputs)
             packed = call(ex.pack_ids, layout, ids, offsets, how, weights, others, rows, check_ids)
             payload, sent = call(operator.getitem, packed, 0), call(operator.getitem, packed, 1)
             received = call(ex.exchange_headers, sent, rows, labels)
@@ -88,7 +104,8 @@ class LowerToSptt(Pass):
             lookup.meta["val"] = ctx.environment.derive(lookup, gm)
         with gm.graph.inserting_after(lookups[-1]):
             anchor = gm.graph.call_function(operator.getitem, (bags_of, 0))  # marks the place; erased below
-        users = [(lookup, list(lookup.users)) for lookup in lookups]
+        # What reads a feature as it is, apart from its tower.
+        users = [[user for user in lookup.users if user.target is not ops.tower_input] for lookup in lookups]
         joined_only = [only_joined(lookup) for lookup in lookups]
         with gm.graph.inserting_before(anchor):
             joined = call(ex.join_features, list(lookups), route)
@@ -96,26 +113,33 @@ class LowerToSptt(Pass):
                 joined = call(ex.peer_permute, joined, route)
                 moved = call(ex.all_to_all, joined, route, "intra", "intra", dtype)
                 joined = call(ex.join_blocks, moved, route, "intra")
+            if towers.modules:
+                joined = towers.run(gm, ctx, joined, route)
             if groups.hosts > 1:
                 moved = call(ex.all_to_all, joined, route, "peer", "peer", dtype)
                 joined = call(ex.join_blocks, moved, route, "peer")
             if ctx.training:
                 joined = call(ex.scale_gradient, joined, 1 / ctx.topology.world_size)
-            split = call(ops.split_features, joined, layout)
-            columns = [call(operator.getitem, split, index) for index in range(len(lookups))]
-            columns = [
-                column if value.dtype == promoted else call(torch.Tensor.to, column, value.dtype)
-                for column, value in zip(columns, values, strict=True)
-            ]
-            columns = [c if only else call(torch.clone, c) for c, only in zip(columns, joined_only, strict=True)]
-            columns = [
-                call(ex.scale_by_frequency, column, own_ids) if pooling.scale_grad_by_freq else column
-                for column, own_ids, pooling in zip(columns, ids, how, strict=True)  # type: ignore[arg-type]
-            ]
+            split = call(ops.split_features, joined, None if towers.modules else layout, towers.widths or None)
+
+            def column(index: int, like: torch.Tensor) -> fx.Node:
+                piece = call(operator.getitem, split, index)
+                return piece if like.dtype == promoted else call(torch.Tensor.to, piece, like.dtype)
+
+            for index, (own_users, value) in enumerate(zip(users, values, strict=True)):
+                if not own_users and towers.modules:
+                    continue
+                piece = column(towers.place(index), value)
+                piece = piece if joined_only[index] else call(torch.clone, piece)
+                if how[index].scale_grad_by_freq:  # type: ignore[index, union-attr]
+                    piece = call(ex.scale_by_frequency, piece, ids[index])  # type: ignore[index]
+                for user in own_users:
+                    user.replace_input_with(lookups[index], piece)
+            for tower in towers.modules:
+                piece = column(towers.place_of(tower), tower.output.meta["val"])
+                tower.output.replace_all_uses_with(piece)
         gm.graph.erase_node(anchor)
-        for (lookup, lookup_users), column in zip(users, columns, strict=True):
-            for user in lookup_users:
-                user.replace_input_with(lookup, column)
+        towers.erase(gm)
         for node in list(check.users):
             gm.graph.erase_node(node)
         gm.graph.erase_node(check)

@@ -1,20 +1,21 @@
 """Make dense parameters data-parallel inside the program: their gradients are averaged over all ranks.
 
-Each bucket of parameters passes through one ``dmt::synchronize``; its backward is one all-reduce, started as soon as
-the bucket's gradients are there. Floating-point buffers are rank 0's in every training forward, as under DDP.
+The gradients of a Tower Module are summed over the ranks of its tower alone, which carry 1 / ranks already. Each bucket
+of other parameters passes through one ``dmt::synchronize``; its backward is one all-reduce, started as
+soon as the bucket's gradients are there. Floating-point buffers are rank 0's in every training forward, as under DDP.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, placeholders
+from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls
 from dmt_compile.ir.stages import Effect, Stage
 
 
@@ -34,24 +35,47 @@ class SyncDenseGradients(Pass):
         reason = "one rank: nothing to average" if not ctx.distributed else "no gradients: evaluation"
         if not ctx.distributed or not ctx.training:
             return PassReport(changed=False, skipped=(("graph", reason),), effect=Effect.EXACT)
-        inputs = placeholders(gm)
         tables = {table.placeholder for table in ctx.embedding_graph.tables}
-        dense = [n for n in inputs if n.name in ctx.parameters and n.name not in tables and n.users]
+        held = [n for n in gm.graph.nodes if n.op == "placeholder" or n.name in ctx.parameters]
+        dense = [n for n in held if n.name in ctx.parameters and n.name not in tables and n.users]
+        of_towers = self._synchronize_towers(gm, ctx)
+        dense = [n for n in dense if any(user.target is not ex.synchronize_tower for user in n.users)]
         trained = [n for n in dense if n.meta["val"].requires_grad]
         buffers = [
             n for n in dense
             if not isinstance(ctx.parameters[n.name], torch.nn.Parameter) and n.meta["val"].is_floating_point()
         ]  # fmt: skip
         for bucket in self._buckets(trained):
-            self._pass_through(gm, ctx, bucket, inputs[-1], ex.synchronize)
+            self._pass_through(gm, ctx, bucket, held[-1], ex.synchronize)
         if buffers:
-            self._pass_through(gm, ctx, buffers, inputs[-1], ex.broadcast_buffers)
-        return PassReport(changed=bool(trained or buffers), matched=len(trained) + len(buffers))
+            self._pass_through(gm, ctx, buffers, held[-1], ex.broadcast_buffers)
+        matched = len(trained) + len(buffers) + of_towers
+        return PassReport(changed=bool(matched), matched=matched)
+
+    def _synchronize_towers(self, gm: fx.GraphModule, ctx: PassContext) -> int:
+        """Sum the gradients of each Tower Module's parameters over its tower's ranks; return how many they are."""
+        matched = 0
+        for run in calls(gm, ex.run_towers):
+            joined, route, towers, regions, given = run.args
+            passed: list[Any] = list(given)  # type: ignore[arg-type]
+            for tower in towers:  # type: ignore[union-attr]
+                nodes = [] if tower.region < 0 else list(passed[tower.region])
+                trained = [n for n in nodes if isinstance(n.meta["val"], torch.Tensor) and n.meta["val"].requires_grad]
+                if not trained:
+                    continue
+                with gm.graph.inserting_before(run):
+                    together = ctx.call(gm, ex.synchronize_tower, trained, route, tower.group, like=run)
+                    outputs = [ctx.call(gm, operator.getitem, together, index) for index in range(len(trained))]
+                places = dict(zip(trained, outputs, strict=True))
+                passed[tower.region] = tuple(places.get(n, n) for n in nodes)
+                matched += len(trained)
+            run.args = (joined, route, towers, regions, tuple(passed))
+        return matched
 
     def _pass_through(
         self, gm: fx.GraphModule, ctx: PassContext, bucket: list[fx.Node], last: fx.Node, target: object
     ) -> None:
-        users = [(node, list(node.users)) for node in bucket]
+        users = [(node, [u for u in node.users if u.target is not ex.synchronize_tower]) for node in bucket]
         with gm.graph.inserting_before(last.next):
             together = ctx.call(gm, target, list(bucket), "world")  # type: ignore[arg-type]
             outputs = [ctx.call(gm, operator.getitem, together, index) for index in range(len(bucket))]

@@ -10,9 +10,9 @@ features side by side.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,9 +44,13 @@ def layout(
     widths: tuple[int, ...],
     jagged: tuple[bool, ...],
     weighted: tuple[bool, ...],
+    outputs: tuple[int, ...] = (),
 ) -> Layout:
-    """Return the static layout: tower groups x ranks in a group; each feature's owner, width and what it sends."""
-    return make_layout(hosts, local_ranks, owners, widths, jagged, weighted)
+    """Return the static layout: tower groups x ranks in a group; each feature's owner, width and what it sends.
+
+    ``outputs``: columns that each group sends to its peers where Tower Modules make them.
+    """
+    return make_layout(hosts, local_ranks, owners, widths, jagged, weighted, outputs)
 
 
 def _fake_pack_ids(sizes: FreshSizes, layout: Any, ids: Any, offsets: Any, *rest: Any) -> Any:
@@ -297,8 +301,10 @@ def peer_permute(joined_GW: torch.Tensor, route: Route) -> torch.Tensor:
 
 
 def _fake_join_blocks(sizes: FreshSizes, received: Any, route: Any, hop: str) -> Any:
-    if hop == "peer" or route.layout.topology.hosts == 1:
-        return requires_grad(received.new_empty(route.batch_size, sum(route.layout.widths)), received)
+    layout = route.layout
+    if hop == "peer" or (layout.topology.hosts == 1 and not layout.outputs):
+        width = sum(layout.group_width(group) for group in range(layout.topology.hosts))
+        return requires_grad(received.new_empty(route.batch_size, width), received)
     return requires_grad(received.new_empty(sizes.make(), sizes.make()), received)
 
 
@@ -309,6 +315,62 @@ def join_blocks(received: torch.Tensor, route: Route, hop: str) -> torch.Tensor:
     blocks = received.split(route.sizes(hop)[1])
     widths = route.block_widths(hop)
     return torch.cat([block.view(rows, width) for block, width in zip(blocks, widths, strict=True)], dim=1)
+
+
+class TowerRun(NamedTuple):
+    """Features of a tower group that go through one Tower Module, or, with ``region`` -1, are sent as they are.
+
+    ``dtype`` is what the module takes; ``width`` what it gives.
+    """
+
+    group: int
+    features: tuple[int, ...]
+    region: int
+    dtype: str
+    width: int
+
+
+def _fake_run_towers(sizes: FreshSizes, joined: Any, route: Any, towers: Any, regions: Any, given: Any) -> Any:
+    tensors = [tensor for tensors in given for tensor in tensors]
+    outputs = route.layout.outputs
+    rows = route.batch_size if len(outputs) == 1 and route.layout.topology.local_ranks == 1 else joined.shape[0]
+    return requires_grad(joined.new_empty(rows, outputs[0] if len(outputs) == 1 else sizes.make()), joined, *tensors)
+
+
+@operator(_fake_run_towers)
+def run_towers(
+    joined_PW: torch.Tensor,
+    route: Route,
+    towers: tuple[TowerRun, ...],
+    regions: Sequence[Callable[..., Any]],
+    given: Sequence[Sequence[torch.Tensor]],
+) -> torch.Tensor:
+    """Return what this rank's tower group sends to its peers, (P, O): its Tower Modules' outputs, in tower order.
+
+    Args:
+        joined_PW: the group's features for the samples of this rank's peers (end of step e).
+        route: of the step.
+        towers: of all groups, in order.
+        regions: the Tower Modules, each called with the tower's (P, W) features and its parameters.
+        given: the parameters of each region.
+
+    Source: step f with Tower Modules in section 3 of the DMT paper.
+    """
+    layout = route.layout
+    order = layout.group_features(route.group)
+    parts = joined_PW.split([layout.widths[i] for i in order], dim=1)
+    columns = dict(zip(order, parts, strict=True))
+    out: list[torch.Tensor] = []
+    for tower in towers:
+        if tower.group != route.group:
+            continue
+        mine = [columns[i] for i in tower.features]
+        if tower.region < 0:
+            out += mine
+            continue
+        embs_PW = torch.cat(mine, dim=1).to(getattr(torch, tower.dtype))
+        out.append(regions[tower.region](embs_PW, *given[tower.region])[0].to(joined_PW.dtype))
+    return torch.cat(out, dim=1) if out else joined_PW
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
@@ -378,6 +440,35 @@ class _Synchronize(torch.autograd.Function):
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         ctx.world.all_reduce(flat, "synchronize")
         flat /= ctx.world.topology.world_size
+        parts = flat.split([grad.numel() for grad in grads])
+        return None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
+
+
+@operator(lambda sizes, tensors, route, group: tuple(t.view_as(t) for t in tensors), collective=True)
+def synchronize_tower(tensors: Sequence[torch.Tensor], route: Route, group: int) -> tuple[torch.Tensor, ...]:
+    """Return a tower's parameters as they are; their gradients are summed over the ranks of tower group ``group``.
+
+    They carry 1 / ranks of the world already, through ``scale_gradient``. Ranks of other groups do not take part: there
+    the parameters have no gradient.
+
+    Cost: the parameters' bytes, twice across each link of a ring inside the tower, once per backward pass.
+    """
+    if route.group != group:
+        return tuple(tensor.detach() for tensor in tensors)
+    out: tuple[torch.Tensor, ...] = _SynchronizeTower.apply(runtime.current().world, *tensors)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SynchronizeTower(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, world: runtime.World, *tensors: torch.Tensor) -> Any:
+        ctx.world = world
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        ctx.world.all_reduce(flat, "synchronize_tower", group="intra")
         parts = flat.split([grad.numel() for grad in grads])
         return None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
 

@@ -36,16 +36,17 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     if ctx.plan is None or not ctx.distributed:
         return
     groups = ctx.plan.tower_groups()
-    expected = [ex.peer_permute, "intra", ex.join_blocks] if groups.local_ranks > 1 else []
-    expected += ["peer", ex.join_blocks] if groups.hosts > 1 else []
-    expected += [ex.scale_gradient] if ctx.training else []
+    inside = [ex.peer_permute, "intra", ex.join_blocks] if groups.local_ranks > 1 else []
+    after = ["peer", ex.join_blocks] if groups.hosts > 1 else []
+    after += [ex.scale_gradient] if ctx.training else []
     for split in calls(gm, ops.split_features):
+        expected = inside + ([ex.run_towers] if split.args[1] is None else []) + after
         route = None
         found: list[Any] = []
         node = split.args[0]
         while isinstance(node, fx.Node) and node.target not in (ex.join_features, ops.batched_lookup):
             found.insert(0, node.args[2] if node.target is ex.all_to_all else node.target)
-            if node.target in (ex.all_to_all, ex.peer_permute, ex.join_blocks):
+            if node.target in (ex.all_to_all, ex.peer_permute, ex.join_blocks, ex.run_towers):
                 route = route or node.args[1]
                 if node.args[1] is not route:
                     yield f"{node.name} follows another route than the rest of {split.name}"
@@ -106,8 +107,26 @@ def synchronized(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     if not (ctx.distributed and ctx.training):
         return
     tables = {table.placeholder for table in ctx.embedding_graph.tables}
-    for node in placeholders(gm):
-        if node.name in ctx.parameters and node.name not in tables and node.meta["val"].requires_grad:
-            for user in node.users:
-                if user.target is not ex.synchronize:
-                    yield f"parameter {ctx.flat_names[node.name]} reaches {user.name} without averaging its gradient"
+    for node in gm.graph.nodes:
+        held = node.op in ("placeholder", "get_attr") and node.name in ctx.parameters and node.name not in tables
+        for user in node.users if held and node.meta["val"].requires_grad else ():
+            if user.target not in (ex.synchronize, ex.synchronize_tower):
+                yield f"parameter {ctx.flat_names[node.name]} reaches {user.name} without averaging its gradient"
+
+
+def towers_apart(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    for node in calls(gm, ex.run_towers):
+        _, route, towers, _, given = node.args
+        layout = route.meta["val"].layout  # type: ignore[union-attr]
+        sent = [sum(t.width for t in towers if t.group == group) for group in range(layout.topology.hosts)]  # type: ignore[union-attr]
+        if list(layout.outputs) != sent:
+            yield f"{node.name} gives {sent} columns by group, but {list(layout.outputs)} are exchanged"
+        for tower in towers:  # type: ignore[union-attr]
+            away = set(tower.features) - set(layout.group_features(tower.group))
+            if away:
+                yield f"{node.name} takes features {sorted(away)} in group {tower.group}, which does not hold them"
+            for source in nodes_in(given[tower.region]) if tower.region >= 0 else ():  # type: ignore[index]
+                bucket = source.args[0] if source.args else None
+                if isinstance(bucket, fx.Node) and bucket.target is ex.synchronize_tower:
+                    if bucket.args[2] != tower.group:
+                        yield f"{source.name} is summed over group {bucket.args[2]}, expected {tower.group}"

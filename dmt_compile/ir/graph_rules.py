@@ -55,7 +55,7 @@ def metadata(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 
 
 def parameters(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
-    names = {node.name for node in placeholders(gm)}
+    names = {node.name for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")}
     for name in ctx.parameters.keys() - names:
         yield f"parameter {ctx.flat_names[name]} lost its graph input {name}"
     flat = [ctx.flat_names[name] for name in ctx.parameters]
@@ -133,6 +133,19 @@ def one_tower(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
             yield f"table {table.name} is in {len(towers)} towers"
 
 
+def towers(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    tables = {feature.node: feature.table for feature in ctx.embedding_graph.features}
+    planned = {t.name: t.tables for t in ctx.plan.towers} if ctx.plan is not None else {}
+    outputs = Counter(node.args[1] for node in calls(gm, ops.tower_output))
+    for node in calls(gm, ops.tower_input):
+        features, name = node.args
+        for feature in nodes_in(features):
+            if tables.get(feature.name) not in planned.get(str(name), ()):
+                yield f"{node.name} of {name} reads {feature.name}, whose table is in another tower"
+        if outputs[name] != 1:
+            yield f"{name} has {outputs[name]} outputs"
+
+
 def fused(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for node in calls(gm, ops.lookup, ex.join_features):
         yield f"{node.name} was not fused"
@@ -156,6 +169,6 @@ def regions(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 def _behind_averaging(node: fx.Node) -> fx.Node:
     """Return the parameter that a node is, where it passed through gradient averaging."""
     bucket = node.args[0] if node.target is operator.getitem else None
-    if isinstance(bucket, fx.Node) and bucket.target is ex.synchronize:
+    if isinstance(bucket, fx.Node) and bucket.target in (ex.synchronize, ex.synchronize_tower):
         return nodes_in(bucket.args[0])[node.args[1]]  # type: ignore[index]
     return node

@@ -77,8 +77,11 @@ class FakeEnvironment:
             if op == "call_method":
                 return getattr(args[0], target)(*args[1:], **kwargs)
             if op == "call_module":
-                return gm.get_submodule(target).fake_call(self, *args)  # type: ignore[operator]
+                module = gm.get_submodule(target)
+                return module.fake_call(self, *args) if hasattr(module, "fake_call") else module(*args, **kwargs)  # type: ignore[operator]
             attribute = torch_internals.attribute(gm, target)
+            if isinstance(attribute, torch.nn.Parameter):
+                return self.adopt(attribute)
             return self.mode.from_tensor(attribute) if isinstance(attribute, torch.Tensor) else attribute
 
     def annotate(self, gm: fx.GraphModule) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dmt_compile import torch_internals
 from dmt_compile.kernels.batched_lookup import op as batched
 from dmt_compile.kernels.batched_lookup.op import Pooling
 from dmt_compile.runtime.checks import find_fault, trim
@@ -123,6 +124,8 @@ def lookup(
     ``torch.nn.functional.embedding_bag``, and with offsets ``None`` ``torch.nn.functional.embedding``, define the
     meaning of every argument.
     """
+    if torch_internals.is_fake(table):  # a transformed model is traced again
+        return _fake_lookup(FreshSizes(lambda: 0), table, ids, offsets, weights, how)  # type: ignore[arg-type, return-value]
     if how.last_offset and ids is not None and offsets is not None:
         ids, offsets = trim([ids], [offsets], [how])[0], offsets[:-1]
     bags = 0 if ids is None else len(ids) if offsets is None else len(offsets)
@@ -182,3 +185,27 @@ def split_features(
     """Return each feature's columns (B, D) in feature order, as views."""
     out: tuple[torch.Tensor, ...] = _fake_split_features(None, joined_BW, layout, widths)  # type: ignore[arg-type]
     return out
+
+
+def _fake_tower_input(sizes: FreshSizes, features: Any, tower: str) -> Any:
+    return torch.cat(features, dim=1)
+
+
+@operator(_fake_tower_input)
+def tower_input(features_BD: Sequence[torch.Tensor], tower: str) -> torch.Tensor:
+    """Return a tower's features side by side, (B, W): what follows, up to ``tower_output``, is its Tower Module.
+
+    Its ranks compute it for the samples of all their peers, before anything crosses hosts.
+    """
+    return torch.cat(list(features_BD), dim=1)
+
+
+@operator(lambda sizes, out_BO, tower: out_BO.view_as(out_BO))
+def tower_output(out_BO: torch.Tensor, tower: str) -> torch.Tensor:
+    """Return what a tower sends to each sample, (B, O), as it is."""
+    return out_BO.view_as(out_BO)
+
+
+# A transformed model holds these in its own code; Dynamo keeps them whole, so that its graph shows where towers end.
+for _whole in (lookup, even_offsets, tower_input, tower_output):
+    torch.compiler.allow_in_graph(_whole)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from dmt_compile.config import Options
 from dmt_compile.errors import UnsupportedGraphError
@@ -22,6 +22,7 @@ from dmt_compile.ir.metadata import FakeEnvironment
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.topology import Topology
+from dmt_compile.towers import Towers
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class PassContext:
         inputs: graph input -> the real value of the batch that is being compiled for.
         choose_plan: returns the plan for the model's tables; the same on every rank.
         training: gradients are enabled.
+        root: the module whose parameters these are.
+        towers: the model's Tower Modules; ``insert_tower_modules`` makes them where there are none.
+        inline_towers: write their operators into the graph, so that no other tracer has to read the modules.
+        rank: the one rank that will run the program; ``None`` where all do, as in a simulated world.
     """
 
     options: Options
@@ -59,6 +64,10 @@ class PassContext:
     inputs: dict[str, Any]
     choose_plan: Callable[[tuple[TableSpec, ...]], TowerPlan]
     training: bool
+    root: nn.Module | None = None
+    towers: Towers | None = None
+    inline_towers: bool = True
+    rank: int | None = None
     environment: FakeEnvironment = field(default_factory=FakeEnvironment)
     embedding_graph: EmbeddingGraph = field(default_factory=EmbeddingGraph)
     plan: TowerPlan | None = None

@@ -60,6 +60,7 @@ RULES: tuple[Rule, ...] = (
     Rule("features", Stage.FLAT, "Each feature is looked up once, in its own table.", graph.features),
     Rule("groups", Stage.FLAT, "Lookups that are checked together have as many bags as each other.", graph.groups),
     Rule("one-tower", Stage.TOWERED, "Every table belongs to exactly one tower.", graph.one_tower),
+    Rule("towers", Stage.TOWERED, "A Tower Module reads features of its own tower, and has one output.", graph.towers),
     Rule("placed", Stage.DISTRIBUTED, "Every table has the placement of the plan.", exchange.placed),
     Rule(
         "exchanged",
@@ -91,6 +92,12 @@ RULES: tuple[Rule, ...] = (
         Stage.DISTRIBUTED,
         "Exchanges are laid out by the features' widths and the plan's owners.",
         exchange.widths,
+    ),
+    Rule(
+        "towers-apart",
+        Stage.DISTRIBUTED,
+        "Tower Modules run in the group that holds their features, send what is exchanged, and are summed there.",
+        exchange.towers_apart,
     ),
     Rule("synchronized", Stage.LOWERED, "Every trained dense parameter's gradient is averaged.", exchange.synchronized),
     Rule("fused", Stage.LOWERED, "No lookup is left alone.", graph.fused),

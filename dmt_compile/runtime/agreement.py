@@ -111,4 +111,4 @@ def _wait(store: Store, keys: list[str], timeout_s: float) -> list[str]:
 
 def describe_options(values: dict[str, object]) -> str:
     """Return options as text that is equal on ranks with equal options."""
-    return json.dumps({name: str(value) for name, value in sorted(values.items())})
+    return json.dumps({name: getattr(value, "__qualname__", str(value)) for name, value in sorted(values.items())})

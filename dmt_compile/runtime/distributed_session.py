@@ -22,16 +22,18 @@ from dmt_compile.config import Options
 from dmt_compile.errors import DmtError, UnsupportedGraphError
 from dmt_compile.inspection.dumps import GraphDump
 from dmt_compile.ir.embedding_graph import Table
-from dmt_compile.ir.pass_base import calls
+from dmt_compile.ir import exchange_ops as ex
+from dmt_compile.ir.pass_base import calls, nodes_in
 from dmt_compile.ir.stages import Stage
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.agreement import agree, describe_options, signature
 from dmt_compile.runtime.program import Program
-from dmt_compile.runtime.session import Passes, next_dump, note_without_tables, plan_for
+from dmt_compile.runtime.session import Passes, Session, attach_towers, guard_towers, next_dump, note_without_tables, plan_for
 from dmt_compile.runtime.sharding import guard_state_dict, replicate, shard_tables
 from dmt_compile.runtime.tables import ShardedTable
 from dmt_compile.runtime.world import ProcessWorld
 from dmt_compile.topology import Topology
+from dmt_compile.towers import NAME
 
 CHECKSUM_EVERY = 64  # steps; a replica that drifts is reported by then
 COMPILING_CALLS = 2  # of a program; its first backward pass still compiles
@@ -41,11 +43,16 @@ _LOCAL_OPTIONS = ("dump_dir",)  # may differ between ranks
 
 @dataclass
 class ModelState:
-    """What the ranks agreed on for one model, and its dense parameters that a program averages."""
+    """What the ranks agreed on for one model, and what its programs do about dense parameters.
+
+    ``synchronized``: those whose gradients a program averages over all ranks. ``towers``: the groups of those whose
+    gradients it sums over the ranks of a tower, which alone train them. Both by identity.
+    """
 
     plan: TowerPlan
     world: ProcessWorld
     synchronized: dict[int, torch.Tensor] = field(default_factory=dict)
+    towers: dict[int, set[int]] = field(default_factory=dict)
     hooks: dict[int, Any] = field(default_factory=dict)
     steps: int = 0
     newly_sharded: bool = False
@@ -73,7 +80,7 @@ def state_of(tensor: torch.Tensor) -> ModelState | None:
     return getattr(tensor, "_dmt_state", None)
 
 
-class DistributedSession:
+class DistributedSession(Session):
     """One rank of a ``torch.distributed`` run.
 
     Args:
@@ -82,8 +89,10 @@ class DistributedSession:
 
     def __init__(self, options: Mapping[str, Any] | None) -> None:
         self.options = Options()
+        self.rank = dist.get_rank()
         self.topology = Topology(1, dist.get_world_size())
         self._failure: DmtError | None = None
+        self._agreed: TowerPlan | None = None
         self._started = time.monotonic()
         try:
             self.options = Options.from_mapping(options)
@@ -117,6 +126,8 @@ class DistributedSession:
             state = ModelState(plan, world)
         else:
             state.plan = state.plan.merge(plan)
+        self._agreed = state.plan
+        attach_towers(self.options, capture, run)
         self._take_over(capture, state, tables)
         state.newly_sharded = True
         return True
@@ -131,7 +142,9 @@ class DistributedSession:
             return signature(specs, describe_options(options), _shapes(capture.outer))
 
         return agree(
-            lambda: plan_for(self.options, self.topology, specs, capture.other_tables(specs)),
+            lambda: plan_for(
+                self.options, self.topology, specs, capture.other_tables(specs), getattr(capture.root, NAME, None)
+            ),
             mine,
             self.options.first_timeout_s,
         )
@@ -151,7 +164,7 @@ class DistributedSession:
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
         """Return the plan that the ranks agreed on."""
-        return self._state(capture).plan
+        return self._state(capture).plan if self._agreed is None else self._agreed
 
     def _state(self, capture: Capture) -> ModelState:
         return next(state for state in map(state_of, capture.parameters.values()) if state is not None)
@@ -160,6 +173,7 @@ class DistributedSession:
         """Lower the graph for this rank."""
         ctx, report = run(Stage.LOWERED)
         note_without_tables(ctx)
+        guard_towers(ctx)
         if not capture.parameters:
             return Program(capture.gm, report, None)
         state = self._state(capture)
@@ -168,8 +182,13 @@ class DistributedSession:
             gc.collect()
             state.newly_sharded = False
         if ctx.training:
+            for node in calls(capture.gm, ex.synchronize_tower):
+                for parameter in (ctx.parameters[n.name] for n in nodes_in(node.args[0])):
+                    state.towers.setdefault(id(parameter), set()).add(int(node.args[2]))  # type: ignore[arg-type]
             averaged = {
-                id(p): p for p in capture.parameters.values() if p.requires_grad and not isinstance(p, ShardedTable)
+                id(p): p
+                for p in ctx.parameters.values()
+                if p.requires_grad and not isinstance(p, ShardedTable) and id(p) not in state.towers
             }
             state.synchronized.update(averaged)
             _hook_others(capture.outer, state)
@@ -210,7 +229,9 @@ def _hook_others(model: nn.Module | None, state: ModelState) -> None:
         if key in state.synchronized:
             if key in state.hooks:
                 state.hooks.pop(key).remove()
-        elif parameter.requires_grad and not isinstance(parameter, ShardedTable) and key not in state.hooks:
+        elif key in state.towers or isinstance(parameter, ShardedTable):
+            continue
+        elif parameter.requires_grad and key not in state.hooks:
             average = functools.partial(_average, world=state.world)
             state.hooks[key] = parameter.register_post_accumulate_grad_hook(average)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from dmt_compile import torch_internals
 from dmt_compile.pipeline import PipelineReport
+from dmt_compile.runtime.regions import DenseRegion
 from dmt_compile.runtime.world import Execution, ProcessWorld, executing
 
 
@@ -68,9 +69,9 @@ def fingerprint(gm: fx.GraphModule) -> int:
         text = _text((node.args, dict(node.kwargs)), numbers)
         shape = _static_shape(node.meta.get("val")) if node.op == "placeholder" else ""
         digest.update(f"{index} {node.op} {target} {text} {shape}\n".encode())
-        if node.op == "call_module":
-            region = gm.get_submodule(str(node.target))
-            digest.update(str(fingerprint(operator.attrgetter("graph_module")(region))).encode())
+        region = torch_internals.attribute(gm, str(node.target)) if node.op in ("call_module", "get_attr") else None
+        if isinstance(region, DenseRegion):
+            digest.update(str(fingerprint(region.graph_module)).encode())
     return int.from_bytes(digest.digest()[:8], "big") >> 2
 
 

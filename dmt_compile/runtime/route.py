@@ -24,6 +24,7 @@ class Layout:
         widths: columns of each feature, in feature order.
         jagged: per feature, bag lengths travel with the ids; the others have one id a bag.
         weighted: per feature, each id has a weight.
+        outputs: columns that each tower group sends to its peers; empty where it sends its features as they are.
     """
 
     topology: Topology
@@ -31,6 +32,7 @@ class Layout:
     widths: tuple[int, ...]
     jagged: tuple[bool, ...]
     weighted: tuple[bool, ...]
+    outputs: tuple[int, ...] = ()
 
     @cached_property
     def features_by_rank(self) -> tuple[tuple[int, ...], ...]:
@@ -45,9 +47,15 @@ class Layout:
         return tuple(sum(self.widths[i] for i in features) for features in self.features_by_rank)
 
     def group_width(self, group: int) -> int:
-        """Columns that all ranks of a tower group serve together."""
+        """Columns that a tower group sends to its peers."""
+        if self.outputs:
+            return self.outputs[group]
+        return sum(self.widths[i] for i in self.group_features(group))
+
+    def group_features(self, group: int) -> tuple[int, ...]:
+        """Feature indices of a tower group, in the order of their columns after the exchange inside it."""
         local = self.topology.local_ranks
-        return sum(self.rank_widths[group * local : (group + 1) * local])
+        return tuple(i for features in self.features_by_rank[group * local : (group + 1) * local] for i in features)
 
     @cached_property
     def column_order(self) -> tuple[int, ...]:
@@ -73,9 +81,10 @@ def make_layout(
     widths: tuple[int, ...],
     jagged: tuple[bool, ...],
     weighted: tuple[bool, ...],
+    outputs: tuple[int, ...] = (),
 ) -> Layout:
     """Return the layout of these owners; the same object for the same arguments."""
-    return Layout(Topology(hosts, local_ranks), owners, widths, jagged, weighted)
+    return Layout(Topology(hosts, local_ranks), owners, widths, jagged, weighted, outputs)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from dmt_compile import torch_internals
 from dmt_compile.capture import Capture
 from dmt_compile.config import Options
 from dmt_compile.errors import ConfigError, PlanError
@@ -18,7 +19,9 @@ from dmt_compile.ir.stages import Stage
 from dmt_compile.partition.assign import make_plan
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.program import Program
+from dmt_compile.runtime.untrained import watch_optimizers
 from dmt_compile.topology import Topology
+from dmt_compile.towers import NAME, Towers
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,9 @@ class Session(Protocol):
     """What the backend asks of its surroundings."""
 
     topology: Topology
+    inline_towers: bool = True  # Dynamo does not see the towers; a module that is traced again keeps them as modules
+    rank: int | None = None  # that runs the program; all of them where it is None
+    towers: Towers | None = None  # of a model that does not hold its own
 
     def prepare(self, capture: Capture, run: Passes) -> bool:
         """Do what must be true before Dynamo makes its guards; tell whether parameters changed."""
@@ -56,11 +62,16 @@ def next_dump(folder: str | Path | None) -> GraphDump | None:
 
 
 def plan_for(
-    options: Options, topology: Topology, tables: Sequence[TableSpec], elsewhere: Sequence[TableSpec] = ()
+    options: Options,
+    topology: Topology,
+    tables: Sequence[TableSpec],
+    elsewhere: Sequence[TableSpec] = (),
+    towers: Towers | None = None,
 ) -> TowerPlan:
     """Return the user's plan, checked against topology and tables, or a new one.
 
-    ``elsewhere`` are tables of the model that this graph does not hold; a user's plan may name them.
+    ``elsewhere`` are tables of the model that this graph does not hold; a user's plan may name them. ``towers`` are
+    those that the model has already; without other wishes their tables stay together.
 
     Raises:
         PlanError: the plan belongs to another model or topology.
@@ -68,6 +79,9 @@ def plan_for(
     given = options.resolve_plan()
     if given is None:
         partition = options.partition
+        held = {name: k for k, names in enumerate(towers.tables.values()) for name in names} if towers else {}
+        if towers is not None and partition == "balanced" and all(table.name in held for table in tables):
+            partition = [list(names) for names in towers.tables.values()]
         if not isinstance(partition, str):  # tables behind a graph break are planned with their own graph
             others = {table.name for table in elsewhere}
             partition = [[name for name in group if name not in others] for group in partition]
@@ -98,7 +112,29 @@ def world_size() -> int:
     return dist.get_world_size() if initialised else 1
 
 
-class LocalSession:
+def attach_towers(options: Options, capture: Capture, run: Passes) -> None:
+    """Give the model its Tower Modules as child ``dmt_towers``, where they are asked for and it has none yet.
+
+    Raises:
+        ConfigError: no module that could hold them was compiled.
+    """
+    plan = options.resolve_plan()
+    asked = options.tower_module is not None or (plan is not None and plan.tower_modules is not None)
+    if not asked or hasattr(capture.root, NAME):
+        return
+    towers = run(Stage.TOWERED)[0].towers
+    if towers is None:
+        return
+    if capture.root is None:
+        raise ConfigError(
+            "towers: expected a module that can hold the Tower Modules' parameters, found a function of tensors alone; "
+            "compile the module"
+        )
+    capture.root.add_module(NAME, towers)
+    watch_optimizers(capture.root)
+
+
+class LocalSession(Session):
     """One process: nothing is sharded."""
 
     def __init__(self, options: Options, topology: Topology) -> None:
@@ -106,22 +142,31 @@ class LocalSession:
         self.topology = topology
 
     def prepare(self, capture: Capture, run: Passes) -> bool:
-        """Change nothing."""
+        """Attach Tower Modules."""
+        attach_towers(self.options, capture, run)
         return False
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
         """Plan one rank."""
-        return plan_for(self.options, self.topology, tables, capture.other_tables(tables))
+        towers = getattr(capture.root, NAME, None)
+        return plan_for(self.options, self.topology, tables, capture.other_tables(tables), towers)
 
     def program(self, capture: Capture, run: Passes) -> Callable[..., Any]:
         """Lower the graph for this process."""
         ctx, report = run(Stage.LOWERED)
         note_without_tables(ctx)
+        guard_towers(ctx)
         return Program(capture.gm, report, None)
 
     def dump(self) -> GraphDump | None:
         """Dump into the user's folder."""
         return next_dump(self.options.dump_dir)
+
+
+def guard_towers(ctx: Any) -> None:
+    """Let a program that holds a model's Tower Modules serve that model alone, not others of its class."""
+    if ctx.towers is not None and any(name.startswith(NAME) for name in ctx.parameters):
+        torch_internals.guard_identity(ctx.root)
 
 
 def note_without_tables(ctx: Any) -> None:

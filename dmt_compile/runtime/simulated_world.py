@@ -20,9 +20,10 @@ from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.ir.stages import Stage
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.program import fingerprint
-from dmt_compile.runtime.session import Passes, next_dump, plan_for
+from dmt_compile.runtime.session import Passes, Session, attach_towers, guard_towers, next_dump, plan_for
 from dmt_compile.runtime.world import Execution, Ledger, executing
 from dmt_compile.topology import Topology
+from dmt_compile.towers import NAME
 
 
 class SimulatedWorld:
@@ -131,7 +132,7 @@ class _ProgramCall(BaseException):
         self.args_ = args
 
 
-class _SimulatedSession:
+class _SimulatedSession(Session):
     """Plans for the simulated topology; shards nothing."""
 
     def __init__(self, world: SimulatedWorld, options: Options) -> None:
@@ -145,19 +146,22 @@ class _SimulatedSession:
         return compile_graph(gm, self.options, self)
 
     def prepare(self, capture: Capture, run: Passes) -> bool:
-        """Change nothing."""
+        """Attach Tower Modules."""
+        attach_towers(self.options, capture, run)
         return False
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
         """Plan once for each set of tables."""
         key = tuple(table.name for table in tables)
         if key not in self._plans:
-            self._plans[key] = plan_for(self.options, self.topology, tables, capture.other_tables(tables))
+            self._plans[key] = plan_for(
+                self.options, self.topology, tables, capture.other_tables(tables), getattr(capture.root, NAME, None)
+            )
         return self._plans[key]
 
     def program(self, capture: Capture, run: Passes) -> Callable[..., Any]:
         """Lower the graph; the result runs when all ranks have called it."""
-        run(Stage.LOWERED)
+        guard_towers(run(Stage.LOWERED)[0])
         program = _LockstepProgram(capture.gm, self.world)
         return lambda *args: self.world.take(program, args)
 
@@ -230,7 +234,15 @@ class _LockstepProgram:
             return list(_AllToAll.apply(transfer, *(rank_args[0].reshape(-1) for rank_args in args)))  # type: ignore[no-untyped-call]
         if target is ex.synchronize:
             return [_Synchronize.apply(self.topology, r, self.ledger, *a[0]) for r, a in enumerate(args)]  # type: ignore[no-untyped-call]
+        if target is ex.synchronize_tower:
+            return [self._tower_parameters(rank, *rank_args) for rank, rank_args in enumerate(args)]
         return [rank_args[0] for rank_args in args]  # broadcast_buffers: the ranks share one model
+
+    def _tower_parameters(self, rank: int, tensors: Sequence[torch.Tensor], route: Any, group: int) -> Any:
+        if route.group != group:
+            return tuple(tensor.detach() for tensor in tensors)
+        members = route.layout.topology.intra_ranks(rank)
+        return _SynchronizeTower.apply(self.topology, rank, members, self.ledger, *tensors)  # type: ignore[no-untyped-call]
 
     def _headers(self, args: list[tuple[Any, ...]]) -> list[torch.Tensor]:
         sent = [rank_args[0] for rank_args in args]
@@ -295,5 +307,24 @@ class _Synchronize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         topology, rank, ledger = ctx.saved
-        ledger.add_all_reduce("synchronize", topology, rank, sum(grad.nbytes for grad in grads))
+        members = range(topology.world_size)
+        ledger.add_all_reduce("synchronize", topology, rank, sum(grad.nbytes for grad in grads), members)
         return None, None, None, *(grad / topology.world_size for grad in grads)
+
+
+class _SynchronizeTower(torch.autograd.Function):
+    """The ranks of a tower share one parameter, so autograd adds their gradients up; what is sent is recorded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, topology: Topology, rank: int, members: Sequence[int], ledger: Ledger, *tensors: torch.Tensor
+    ) -> Any:
+        ctx.saved = topology, rank, members, ledger
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        topology, rank, members, ledger = ctx.saved
+        sent = sum(grad.nbytes for grad in grads)
+        ledger.add_all_reduce("synchronize_tower", topology, rank, sent, members)
+        return None, None, None, None, *grads

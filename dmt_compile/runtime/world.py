@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -37,11 +37,13 @@ class Ledger:
             link = "intra" if topology.host_of(source) == topology.host_of(target) else "cross"
             self.records[collective, direction, link] += sent_bytes
 
-    def add_all_reduce(self, collective: str, topology: Topology, rank: int, tensor_bytes: int) -> None:
-        """Record what ``rank`` sends to its neighbour in a ring all-reduce over all ranks."""
-        world = topology.world_size
-        sent = 2 * tensor_bytes * (world - 1) // world
-        self.add(collective, "backward", topology, rank, (rank + 1) % world, sent)
+    def add_all_reduce(
+        self, collective: str, topology: Topology, rank: int, tensor_bytes: int, members: Sequence[int]
+    ) -> None:
+        """Record what ``rank`` sends to its neighbour in a ring all-reduce over ``members``."""
+        sent = 2 * tensor_bytes * (len(members) - 1) // len(members)
+        neighbour = members[(list(members).index(rank) + 1) % len(members)]
+        self.add(collective, "backward", topology, rank, neighbour, sent)
 
     def bytes_per_link(self) -> dict[str, int]:
         """Bytes on all links inside hosts and on all links between hosts."""
@@ -68,8 +70,10 @@ class World(Protocol):
     ) -> torch.Tensor:
         """Exchange slices of a 1-D tensor among the ranks of ``group``."""
 
-    def all_reduce(self, tensor: torch.Tensor, label: str, maximum: bool = False) -> torch.Tensor:
-        """Sum a tensor over all ranks, in place; or take the maximum."""
+    def all_reduce(
+        self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world"
+    ) -> torch.Tensor:
+        """Sum a tensor over the ranks of ``group``, in place; or take the maximum."""
 
     def broadcast(self, tensor: torch.Tensor, label: str) -> None:
         """Overwrite a tensor with rank 0's."""
@@ -127,12 +131,14 @@ class ProcessWorld:
             self.ledger.add(label, direction, self.topology, self.rank, target, count * sent.element_size())
         return received
 
-    def all_reduce(self, tensor: torch.Tensor, label: str, maximum: bool = False) -> torch.Tensor:
+    def all_reduce(
+        self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world"
+    ) -> torch.Tensor:
         reduction = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
-        with self._named(label, "world"):
-            work = dist.all_reduce(tensor, reduction, group=self._groups["world"], async_op=True)
-            self._wait(work, label, "world")
-        self.ledger.add_all_reduce(label, self.topology, self.rank, tensor.nbytes)
+        with self._named(label, group):
+            work = dist.all_reduce(tensor, reduction, group=self._groups[group], async_op=True)
+            self._wait(work, label, group)
+        self.ledger.add_all_reduce(label, self.topology, self.rank, tensor.nbytes, self._members[group])
         return tensor
 
     def broadcast(self, tensor: torch.Tensor, label: str) -> None:
