@@ -282,10 +282,11 @@ def _write(model: nn.Module, captured: _Captured, mode: bool) -> tuple[str, Forw
     body = written.src.split("\n", written.src.count("\n"))
     start = next(index for index, line in enumerate(body) if line.startswith("def "))
     lines = [line for line in body[start + 1 :] if line.strip()]
-    lines = [f"    _out = {line.strip().removeprefix('return ')}" if line.startswith("    return ") else line for line in lines]
-    source = "\n".join(
-        [f"def forward{_signature(model)}:", *reads, *lines, f"    return {captured.structure!r}", ""]
-    )
+    lines = [
+        f"    _out = {line.strip().removeprefix('return ')}" if line.startswith("    return ") else line
+        for line in lines
+    ]
+    source = "\n".join([f"def forward{_signature(model)}:", *reads, *lines, f"    return {captured.structure!r}", ""])
     file = f"<dmt_compile.transform {next(_numbers)} {'training' if mode else 'evaluation'}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     scope = dict(written.globals)
@@ -373,7 +374,10 @@ def _move_in(root: TransformedModel, towers: Towers) -> None:
     for flat_name, tensor in towers.replacements().items():
         path, _, leaf = flat_name.rpartition(".")
         owner = root.get_submodule(path)
-        (owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers)[leaf] = tensor
+        if isinstance(tensor, nn.Parameter):
+            owner._parameters[leaf] = tensor
+        else:
+            owner._buffers[leaf] = tensor
         _restate(owner)
     towers.replaced = nn.Module()
     root.add_module(NAME, towers)

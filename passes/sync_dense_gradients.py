@@ -56,9 +56,10 @@ class SyncDenseGradients(Pass):
         """Sum the gradients of each Tower Module's parameters over its tower's ranks; return how many they are."""
         matched = 0
         for run in calls(gm, ex.run_towers):
-            joined, route, towers, regions, given = run.args
-            passed: list[Any] = list(given)  # type: ignore[arg-type]
-            for tower in towers:  # type: ignore[union-attr]
+            args: Any = run.args
+            joined, route, towers, regions, given = args
+            passed: list[Any] = list(given)
+            for tower in towers:
                 nodes = [] if tower.region < 0 else list(passed[tower.region])
                 trained = [n for n in nodes if isinstance(n.meta["val"], torch.Tensor) and n.meta["val"].requires_grad]
                 if not trained:

@@ -204,7 +204,9 @@ def test_check_tables() -> None:
 
 def test_another_version() -> None:
     text = small_plan().to_json().replace(f'"version": {PLAN_VERSION}', '"version": 99')
-    with pytest.raises(PlanError, match=re.escape(f"plan: expected version {PLAN_VERSION}, found 99; make the plan again")):
+    with pytest.raises(
+        PlanError, match=re.escape(f"plan: expected version {PLAN_VERSION}, found 99; make the plan again")
+    ):
         TowerPlan.from_json(text)
 
 

@@ -13,7 +13,7 @@ from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
 from dmt_compile.ir.embedding_graph import source_line
-from dmt_compile.ir.pass_base import PassContext, calls, erase_unused
+from dmt_compile.ir.pass_base import PassContext, calls, erase_unused, nodes_in
 from dmt_compile.runtime.regions import DenseRegion
 
 
@@ -86,7 +86,7 @@ def find_towers(gm: fx.GraphModule, ctx: PassContext, lookups: Sequence[fx.Node]
     """
     assert ctx.plan is not None
     outputs = {node.args[1]: node for node in calls(gm, ops.tower_output)}
-    inputs = [n for n in calls(gm, ops.tower_input) if n.args[0][0] in lookups]  # type: ignore[index]
+    inputs = [n for n in calls(gm, ops.tower_input) if nodes_in(n.args[0])[0] in lookups]
     if not inputs:
         return TowerRegions()
     modules = [_module(gm, ctx, node, outputs[node.args[1]]) for node in inputs]
@@ -138,11 +138,12 @@ def _region(gm: fx.GraphModule, ctx: PassContext, module: TowerModule) -> DenseR
     """Copy a module's operators into a region: its features (P, W), then its parameters, to (P, O)."""
     graph = fx.Graph()
     start = graph.placeholder("embs")
-    start.meta["val"] = module.input.meta["val"].new_empty(ctx.environment.fresh_size(), module.input.meta["val"].shape[1])
+    before = module.input.meta["val"]
+    start.meta["val"] = before.new_empty(ctx.environment.fresh_size(), before.shape[1])
     copies: dict[fx.Node, fx.Node] = {module.input: start}
     for node in module.given:
         copies[node] = graph.placeholder(node.name)
-    samples = torch_internals.canonical_expression(module.input.meta["val"].shape[0])
+    samples = torch_internals.canonical_expression(before.shape[0])
 
     def copied(node: fx.Node) -> fx.Node:
         if node not in copies:  # a size: this rank's samples outside are its peers' samples here

@@ -21,14 +21,22 @@ from dmt_compile.capture import Capture
 from dmt_compile.config import Options
 from dmt_compile.errors import DmtError, UnsupportedGraphError
 from dmt_compile.inspection.dumps import GraphDump
-from dmt_compile.ir.embedding_graph import Table
 from dmt_compile.ir import exchange_ops as ex
+from dmt_compile.ir.embedding_graph import Table
 from dmt_compile.ir.pass_base import calls, nodes_in
 from dmt_compile.ir.stages import Stage
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.agreement import agree, describe_options, signature
 from dmt_compile.runtime.program import Program
-from dmt_compile.runtime.session import Passes, Session, attach_towers, guard_towers, next_dump, note_without_tables, plan_for
+from dmt_compile.runtime.session import (
+    Passes,
+    Session,
+    attach_towers,
+    guard_towers,
+    next_dump,
+    note_without_tables,
+    plan_for,
+)
 from dmt_compile.runtime.sharding import guard_state_dict, replicate, shard_tables
 from dmt_compile.runtime.tables import ShardedTable
 from dmt_compile.runtime.world import ProcessWorld

@@ -70,9 +70,7 @@ class World(Protocol):
     ) -> torch.Tensor:
         """Exchange slices of a 1-D tensor among the ranks of ``group``."""
 
-    def all_reduce(
-        self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world"
-    ) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world") -> torch.Tensor:
         """Sum a tensor over the ranks of ``group``, in place; or take the maximum."""
 
     def broadcast(self, tensor: torch.Tensor, label: str) -> None:
@@ -131,9 +129,7 @@ class ProcessWorld:
             self.ledger.add(label, direction, self.topology, self.rank, target, count * sent.element_size())
         return received
 
-    def all_reduce(
-        self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world"
-    ) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world") -> torch.Tensor:
         reduction = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
         with self._named(label, group):
             work = dist.all_reduce(tensor, reduction, group=self._groups[group], async_op=True)
