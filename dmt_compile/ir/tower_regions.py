@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -76,6 +77,23 @@ class TowerRegions:
         """Drop the modules' operators, which are in regions now."""
         for module in self.modules:
             erase_unused(gm, module.output)
+
+
+def held_by_one_group(gm: fx.GraphModule, ctx: PassContext) -> dict[fx.Node, int]:
+    """Return the parameters and buffers that only Tower Modules of one tower group read, and that group."""
+    groups: dict[fx.Node, set[int]] = {}
+    for run in calls(gm, ex.run_towers):
+        towers: Any = run.args[2]
+        given: Any = run.args[4]
+        for tower in towers:
+            for node in given[tower.region] if tower.region >= 0 else ():
+                groups.setdefault(ex.behind_averaging(node), set()).add(tower.group)
+    inside = (ex.run_towers, ex.synchronize_tower)
+    return {
+        node: groups[node].pop()
+        for node in list(groups)
+        if node.name in ctx.parameters and len(groups[node]) == 1 and all(u.target in inside for u in node.users)
+    }
 
 
 def find_towers(gm: fx.GraphModule, ctx: PassContext, lookups: Sequence[fx.Node]) -> TowerRegions:

@@ -133,7 +133,7 @@ class ProcessWorld:
         reduction = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
         with self._named(label, group):
             work = dist.all_reduce(tensor, reduction, group=self._groups[group], async_op=True)
-            self._wait(work, label, group)
+            self._wait(work, label, group, counted=group == "world")
         self.ledger.add_all_reduce(label, self.topology, self.rank, tensor.nbytes, self._members[group])
         return tensor
 
@@ -149,8 +149,9 @@ class ProcessWorld:
             elif self.rank == target:
                 self._wait(dist.irecv(tensor, source, group=self._groups["world"]), label, "world")
 
-    def _wait(self, work: Any, label: str, group: str) -> None:
-        self._collectives += 1
+    def _wait(self, work: Any, label: str, group: str, counted: bool = True) -> None:
+        """Wait for a collective; ``counted``: every rank takes part in one like it at this point of the step."""
+        self._collectives += counted
         if dist.get_backend(self._groups[group]) == "nccl":
             work.wait()  # ordered on the stream; NCCL's own watchdog holds the deadline
         else:
