@@ -162,9 +162,12 @@ class InsertTowerModules(Pass):
         hidden = _inside(gm, ctx, family) | {n for n in gm.graph.nodes if n.target in ops.OPERATORS}
         resizing = Resizing([n for n in gm.graph.nodes if n not in hidden], sources)
         tables = {table.placeholder for table in ctx.embedding_graph.tables}
+        kept = {source for chain in family.local.values() for node in chain for source in node.all_input_nodes}
         for node in gm.graph.nodes:
             free = node.name in ctx.parameters and node.name not in tables
-            if node.op in ("placeholder", "get_attr") and not free:
+            if node in kept and node.op == "placeholder":
+                resizing.fix(node, "it is also what features pass through before they meet")
+            elif node.op in ("placeholder", "get_attr") and not free:
                 resizing.fix(node, "an input or a constant has a fixed size")
             elif node.target is ops.lookup and node not in sources:
                 resizing.fix(node, "a feature that no Tower Module takes has a fixed width")

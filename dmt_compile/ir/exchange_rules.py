@@ -60,9 +60,11 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 
 def scaled(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     ranks = ctx.topology.world_size
+    averaged = {user for node in calls(gm, ex.synchronize) for user in node.users}
     for node in calls(gm, ex.scale_gradient):
         of_weights = isinstance(node.args[0], fx.Node) and node.args[0].target is ex.pack_weights
-        expected = float(ranks) if of_weights else 1 / ranks
+        of_towers = node.args[0] in averaged and {user.target for user in node.users} == {ex.run_towers}
+        expected = float(ranks) if of_weights or of_towers else 1 / ranks
         if node.args[1] != expected:
             yield f"{node.name} scales its gradient by {node.args[1]}, expected {expected}"
 
