@@ -16,6 +16,7 @@ from torch import fx
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.ir import ops
 from dmt_compile.ir.embedding_graph import source_line
+from dmt_compile.ir.metadata import LOOKUP_RULES
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, calls
 from dmt_compile.ir.stages import Stage
 from dmt_compile.kernels.batched_lookup.reference import Pooling
@@ -55,7 +56,7 @@ class FindTables(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassReport:
         """Rewrite ``gm`` in place."""
-        lookups = {node: self._arguments(node) for node in calls(gm, _F.embedding_bag, _F.embedding)}
+        lookups = {node: self._arguments(node) for node in calls(gm, *LOOKUP_RULES)}
         skipped: list[tuple[str, str]] = []
         matched = dict(lookups)
         reasons: dict[fx.Node, str] = {}
