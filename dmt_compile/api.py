@@ -153,7 +153,7 @@ class _CaptureSession(Session):
         self.options = options
         self.until = until
         ranks = world_size() if options.topology == "auto" else 0
-        self.topology = options.resolve_topology(ranks) if ranks else _stated(options.topology)
+        self.topology = options.resolve_topology(ranks) if ranks else Topology.parse(options.topology)
         self.ran = False
         self._contexts: list[PassContext] = []
         self._reports: list[PipelineReport] = []
@@ -197,7 +197,3 @@ class _CaptureSession(Session):
     def dump(self) -> GraphDump | None:
         """Dump into the user's folder."""
         return next_dump(self.options.dump_dir)
-
-
-def _stated(topology: str | Topology) -> Topology:
-    return Topology.parse(topology) if isinstance(topology, str) else topology

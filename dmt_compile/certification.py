@@ -73,7 +73,7 @@ def certify(
     if any(parameter.is_meta for parameter in bare.parameters()):
         raise ConfigError("certify: expected a model with values, found one on the meta device; build it on the CPU")
     parsed = Options.from_mapping({**options, "topology": topology})
-    ranks = parsed.resolve_topology(world_size()) if parsed.topology == "auto" else _stated(parsed.topology)
+    ranks = parsed.resolve_topology(world_size()) if parsed.topology == "auto" else Topology.parse(parsed.topology)
     mine, flat = copy.deepcopy(bare), copy.deepcopy(bare)
     with torch.enable_grad(), torch.random.fork_rng():
         calls, reads = _calls(bare, batch, kwargs, ranks.world_size, seed)
@@ -104,10 +104,6 @@ def certify(
         versions={"torch": torch.__version__, "dmt_compile": __version__},
         plan_fingerprint=explanation.plan.fingerprint,
     )
-
-
-def _stated(topology: str | Topology) -> Topology:
-    return Topology.parse(topology) if isinstance(topology, str) else topology
 
 
 def _claimed(record: PassRecord) -> Effect:

@@ -223,7 +223,7 @@ class Options:
         """
         if self.topology == "auto":
             return Topology.from_environment(world_size) if world_size > 1 else Topology(1, 1)
-        topology = Topology.parse(self.topology) if isinstance(self.topology, str) else self.topology
+        topology = Topology.parse(self.topology)
         if topology.world_size != world_size:
             raise ConfigError(
                 f"options: expected {topology.world_size} ranks for topology {topology}, found {world_size}; start "

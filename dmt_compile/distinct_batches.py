@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from dmt_compile import torch_internals
 from dmt_compile.errors import ConfigError
+from dmt_compile.ir.metadata import LOOKUP_RULES
 from dmt_compile.ir.pass_base import ancestors, name_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
@@ -52,7 +53,7 @@ def find_reads(model: nn.Module, call: Call) -> Reads:
 
     def look(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
         for node in gm.graph.nodes:
-            if node.op == "call_function" and node.target in (_F.embedding_bag, _F.embedding):
+            if node.op == "call_function" and node.target in LOOKUP_RULES:
                 _read(node, reads, names)
         return gm.forward
 

@@ -20,6 +20,7 @@ from dmt_compile.passes.check_lookups import CheckLookups
 from dmt_compile.passes.compile_dense_regions import CompileDenseRegions
 from dmt_compile.passes.find_interaction import FindInteraction
 from dmt_compile.passes.find_tables import FindTables
+from dmt_compile.passes.fold_joins import FoldJoins
 from dmt_compile.passes.insert_tower_modules import InsertTowerModules
 from dmt_compile.passes.lower_to_sptt import LowerToSptt
 from dmt_compile.passes.normalize_graph import NormalizeGraph
@@ -47,6 +48,7 @@ def passes_in_order(options: Options) -> tuple[Pass, ...]:
         LowerToSptt(),  # needs the placements
         SyncDenseGradients(),  # after the exchanges: whatever is still a trained input is dense
         BatchLookups(),  # after the exchanges: fuses what is left on a rank
+        FoldJoins(),  # after batching: the joined features are there to be read at once
         CompileDenseRegions(options.dense_compiler),  # last: the graph is no longer rewritten
     )
 

@@ -42,12 +42,14 @@ class Topology:
                 raise ConfigError(f"topology: expected a positive number for {field}, found {getattr(self, field)}")
 
     @classmethod
-    def parse(cls, text: str) -> Topology:
-        """Read ``"<hosts>x<local ranks>"``, such as ``"2x4"``.
+    def parse(cls, text: str | Topology) -> Topology:
+        """Read ``"<hosts>x<local ranks>"``, such as ``"2x4"``; a topology is returned as it is.
 
         Raises:
             ConfigError: the text has another form.
         """
+        if isinstance(text, Topology):
+            return text
         match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", text)
         if match is None:
             raise ConfigError(

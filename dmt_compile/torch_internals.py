@@ -11,9 +11,11 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo
+import torch._dynamo.utils
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import Store
@@ -133,8 +135,59 @@ def _set_tracing_options() -> None:
         # In a KeyedJaggedTensor plain integers are sizes too: its samples, and its ids of each feature.
         sizes = r".*\._stride,.*\._length_per_key\[\d+\],.*\._offset_per_key\[\d+\]"
         _options.append(torch.compiler.config.patch(dynamic_sources=sizes))  # type: ignore[attr-defined]
+        _options.append(
+            mock.patch.object(torch._dynamo.utils, "run_node", _run_with_rules(torch._dynamo.utils.run_node))
+        )
         for option in _options:
             option.__enter__()
+
+
+_rules: dict[Any, tuple[Callable[..., Any], Callable[..., bool]]] = {}
+
+
+def trace_by_rule(target: Callable[..., Any], rule: Callable[..., Any], applies: Callable[..., bool]) -> None:
+    """Let Dynamo, while it traces for a backend of ours, take what calls of ``target`` give from a cheaper rule.
+
+    The first call of each form (types, dimensions, options) still goes through PyTorch's own rule, with its errors;
+    where the cheaper one says the same, it serves the calls of that form.
+
+    Args:
+        target: a function that a graph may call.
+        rule: gives what ``target`` gives for fake arguments.
+        applies: tells, of ``target``, its arguments and keyword arguments, whether the rule may stand for PyTorch's:
+            whether that one asks nothing of sizes.
+    """
+    _rules[target] = rule, applies
+
+
+def _run_with_rules(run_node: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Dynamo's function that runs a node on fake values, with the rules of :func:`trace_by_rule` before it."""
+    trusted: dict[Any, bool] = {}  # by form, whether the rule says what PyTorch's own does
+
+    def run(tracer: Any, node: torch.fx.Node, args: Any, kwargs: Any, module: Any) -> Any:
+        rule, applies = _rules.get(node.target, (None, None)) if node.op == "call_function" else (None, None)
+        form = None if rule is None else (node.target, _form(args), _form(kwargs), torch.is_grad_enabled())
+        if rule is None or applies is None or not applies(node.target, args, kwargs):
+            return run_node(tracer, node, args, kwargs, module)
+        if trusted.get(form):
+            return rule(*args, **kwargs)
+        out = run_node(tracer, node, args, kwargs, module)
+        if form not in trusted:
+            mine = rule(*args, **kwargs)
+            sizes = [[canonical_expression(size) for size in value.shape] for value in (out, mine)]
+            trusted[form] = _form(out) == _form(mine) and sizes[0] == sizes[1]
+        return out
+
+    return run
+
+
+def _form(value: Any) -> Any:
+    """Return what can be said of an argument without its sizes, and without numbers that are symbols."""
+    if isinstance(value, torch.Tensor):
+        return type(value), value.dtype, value.device, value.layout, value.ndim, value.requires_grad
+    if isinstance(value, dict | tuple | list):
+        return tuple(map(_form, value.items() if isinstance(value, dict) else value))
+    return type(value) if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
 
 
 def mark_dynamic_dims(tensor: torch.Tensor, dims: Sequence[int], empty_batch: bool = False) -> None:

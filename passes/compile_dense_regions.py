@@ -14,10 +14,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 
 from dmt_compile.ir.exchange_ops import broadcast_buffers, run_towers, synchronize
+from dmt_compile.ir.metadata import LOOKUP_RULES
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, calls, sort_graph
 from dmt_compile.ir.stages import Effect, Stage
@@ -89,8 +89,7 @@ class CompileDenseRegions(Pass):
         return [by_level[level] for level in sorted(by_level)]
 
     def _is_sparse(self, node: fx.Node) -> bool:
-        functions = (torch.nn.functional.embedding_bag, torch.nn.functional.embedding)
-        return node.target in functions and (True in (node.kwargs.get("sparse"), *node.args[6:8]))
+        return node.target in LOOKUP_RULES and (True in (node.kwargs.get("sparse"), *node.args[6:8]))
 
     def _reads_operator(self, node: fx.Node) -> bool:
         """Tell whether a node takes one of the values of an operator that returns several."""

@@ -34,6 +34,7 @@ from dmt_compile.ir.pass_base import (
     ancestors,
     dependents,
     name_of,
+    nodes_in,
     views_of,
 )
 from dmt_compile.ir.stages import Stage
@@ -116,7 +117,7 @@ def _parts(node: fx.Node, features: dict[str, str], dependent: set[fx.Node]) -> 
         elif part.name in features:
             parts.append(part)
         elif name_of(part) in JOINS:
-            stack.extend(reversed([p for p in part.args[0] if isinstance(p, fx.Node)]))  # type: ignore[union-attr]
+            stack.extend(reversed(nodes_in((part.args, part.kwargs))))
         else:
             sources = [source for source in part.all_input_nodes if source in dependent]
             one = len(sources) == 1 and (name_of(part) in VIEWS | {"linear", "div", "truediv"})

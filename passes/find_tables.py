@@ -17,6 +17,7 @@ from torch import fx
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.ir import ops
 from dmt_compile.ir.embedding_graph import source_line
+from dmt_compile.ir.metadata import LOOKUP_RULES
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, calls, erase_unused
 from dmt_compile.ir.stages import Stage
 from dmt_compile.kernels.batched_lookup.reference import Pooling
@@ -59,7 +60,7 @@ class FindTables(Pass):
         canonical = calls(gm, ops.lookup)
         for node in canonical:
             self._read_pooling(gm, node)
-        lookups = {node: self._arguments(node) for node in calls(gm, _F.embedding_bag, _F.embedding)}
+        lookups = {node: self._arguments(node) for node in calls(gm, *LOOKUP_RULES)}
         skipped: list[tuple[str, str]] = []
         matched = dict(lookups)
         reasons: dict[fx.Node, str] = {}

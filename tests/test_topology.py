@@ -19,6 +19,7 @@ def test_numbers_its_ranks_host_by_host() -> None:
 def test_parse(text: str, hosts: int, local_ranks: int) -> None:
     assert Topology.parse(text) == Topology(hosts, local_ranks)
     assert Topology.parse(str(Topology.parse(text))) == Topology(hosts, local_ranks)
+    assert Topology.parse(Topology(hosts, local_ranks)) == Topology(hosts, local_ranks)
 
 
 @pytest.mark.parametrize("text", ["", "2", "x4", "2x", "2*4", "2x4x8", "-2x4", "2.0x4", "axb"])

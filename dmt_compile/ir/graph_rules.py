@@ -14,7 +14,7 @@ from torch import fx
 from dmt_compile import torch_internals
 from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
-from dmt_compile.ir.metadata import describe, same, symbols_of
+from dmt_compile.ir.metadata import LOOKUP_RULES, describe, same, symbols_of
 from dmt_compile.ir.pass_base import VIEWS, PassContext, ancestors, calls, mutates, name_of, nodes_in, placeholders
 
 _LOOKUPS = (ops.lookup, ops.batched_lookup)
@@ -152,12 +152,11 @@ def fused(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 
 
 def regions(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
-    functions = (torch.nn.functional.embedding_bag, torch.nn.functional.embedding)
     operators = [node for node in gm.graph.nodes if node.target in ops.OPERATORS]
     feeding = ancestors([source for node in operators for source in node.all_input_nodes])
     for node in gm.graph.nodes:
         value = node.meta.get("val")
-        outside = node in feeding or node in operators or node.target in (*functions, operator.getitem)
+        outside = node in feeding or node in operators or node.target in (*LOOKUP_RULES, operator.getitem)
         if node.op not in ("call_function", "call_method") or outside:
             continue
         if isinstance(value, torch.Tensor) and value.requires_grad:

@@ -6,6 +6,7 @@ Dynamo's becomes a fresh size without guards, so deriving, verifying and compili
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import fx
 from torch.utils._pytree import tree_map
 
 from dmt_compile import torch_internals
-from dmt_compile.ir.ops import OPERATORS, FreshSizes, requires_grad
+from dmt_compile.ir.ops import OPERATORS, FreshSizes, fake_rows, requires_grad
 from dmt_compile.torch_internals import FakeTensor, FakeTensorMode, ShapeEnv
 
 
@@ -67,9 +68,10 @@ class FakeEnvironment:
     def call(self, op: str, target: Any, args: Any, kwargs: Any, gm: fx.GraphModule) -> Any:
         """Return the value of calling a node's target on fake values."""
         operator = OPERATORS.get(target) if op == "call_function" else None
-        if target in _LOOKUPS and op == "call_function":
-            return _fake_lookup(target, *args, **kwargs)
+        rule = LOOKUP_RULES.get(target) if op == "call_function" else None
         with self.mode, torch_internals.enable_python_dispatcher():  # composite operators keep symbolic sizes then
+            if rule is not None:
+                return rule(*args, **kwargs)
             if operator is not None:
                 return operator.fake(self._sizes, *args, **kwargs)
             if op == "call_function":
@@ -93,20 +95,45 @@ class FakeEnvironment:
                 node.meta["val"] = self.derive(node, gm)
 
 
-_F = torch.nn.functional
-_LOOKUPS = (_F.embedding_bag, _F.embedding)
+def _embedding(input: Any, weight: Any, *options: Any, **named: Any) -> Any:
+    return requires_grad(fake_rows(weight, *input.shape), weight)
 
 
-def _fake_lookup(target: Any, input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return what a lookup gives; PyTorch's own rule takes milliseconds, too many for a model of a thousand tables."""
-    shape = (*input.shape, weight.shape[1])
-    if target is _F.embedding_bag:
-        offsets: Any = args[0] if args else kwargs.get("offsets")
-        last = args[7] if len(args) > 7 else kwargs.get("include_last_offset", False)
-        bags = input.shape[0] if input.ndim == 2 else offsets.shape[0] - int(last)
-        shape = (bags, weight.shape[1])
-    weights = args[6] if len(args) > 6 else kwargs.get("per_sample_weights")
-    return requires_grad(weight.new_empty(shape), weight, weights)
+def _embedding_bag(
+    input: Any,
+    weight: Any,
+    offsets: Any = None,
+    max_norm: Any = None,
+    norm_type: Any = 2.0,
+    scale_grad_by_freq: Any = False,
+    mode: Any = "mean",
+    sparse: Any = False,
+    per_sample_weights: Any = None,
+    include_last_offset: Any = False,
+    padding_idx: Any = None,
+) -> Any:
+    bags = input.shape[0] if input.ndim == 2 else offsets.shape[0] - int(include_last_offset)
+    return requires_grad(fake_rows(weight, bags), weight, per_sample_weights)
+
+
+# What a lookup gives. PyTorch's own rules take milliseconds each, too many for a model of a thousand tables.
+LOOKUP_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.nn.functional.embedding: _embedding,
+    torch.nn.functional.embedding_bag: _embedding_bag,
+}
+# Arguments of which a lookup that Dynamo traces may have any: with the others its own rules check more, or write.
+_PLAIN = {"input", "weight", "offsets", "mode", "sparse", "scale_grad_by_freq", "norm_type", "include_last_offset"}
+
+
+def is_plain_lookup(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether PyTorch's own rule for a lookup asks nothing of sizes, so that ``LOOKUP_RULES`` may stand for it."""
+    given = inspect.signature(target).bind(*args, **kwargs).arguments
+    bags = target is torch.nn.functional.embedding_bag
+    padding, rows = given.pop("padding_idx", None), given["weight"].shape[0]
+    unusual = any(value is not None and name not in _PLAIN for name, value in given.items())
+    if unusual or given["weight"].ndim != 2 or (bags and given["input"].ndim != 1):
+        return False
+    return padding is None or (isinstance(padding, int) and isinstance(rows, int) and -rows <= padding < rows)
 
 
 def describe(value: Any) -> str:

@@ -22,6 +22,7 @@ from dmt_compile.config import Options
 from dmt_compile.errors import DmtError, UnsupportedGraphError
 from dmt_compile.inspection.dumps import GraphDump
 from dmt_compile.ir.embedding_graph import Table
+from dmt_compile.ir.metadata import LOOKUP_RULES
 from dmt_compile.ir.pass_base import calls
 from dmt_compile.ir.stages import Stage
 from dmt_compile.ir.tower_regions import held_by_one_group
@@ -229,7 +230,7 @@ def _shapes(model: nn.Module | None) -> list[tuple[str, tuple[int, ...], str]]:
 
 def _reads_whole_tables(capture: Capture) -> bool:
     """Tell whether a lookup of this graph reads a table that is not sharded yet."""
-    lookups = calls(capture.gm, nn.functional.embedding_bag, nn.functional.embedding)
+    lookups = calls(capture.gm, *LOOKUP_RULES)
     weights = [str(node.args[1] if len(node.args) > 1 else node.kwargs["weight"]) for node in lookups]
     return any(not isinstance(capture.parameters.get(name), ShardedTable) for name in weights)
 

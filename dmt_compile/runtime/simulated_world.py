@@ -46,7 +46,7 @@ class SimulatedWorld:
     """
 
     def __init__(self, topology: str | Topology) -> None:
-        self.topology = Topology.parse(topology) if isinstance(topology, str) else topology
+        self.topology = Topology.parse(topology)
         self.ledger = Ledger()
         self._compiled: weakref.WeakKeyDictionary[nn.Module, dict[str, Callable[..., Any]]] = (
             weakref.WeakKeyDictionary()

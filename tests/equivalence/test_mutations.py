@@ -25,6 +25,7 @@ from dmt_compile.passes.batch_lookups import BatchLookups
 from dmt_compile.passes.check_lookups import CheckLookups
 from dmt_compile.passes.compile_dense_regions import CompileDenseRegions
 from dmt_compile.passes.find_tables import FindTables
+from dmt_compile.passes.fold_joins import FoldJoins
 from dmt_compile.passes.lower_to_sptt import LowerToSptt
 from dmt_compile.passes.place_tables import PlaceTables
 from dmt_compile.passes.pool_sequences import PoolSequences
@@ -215,6 +216,24 @@ class Branch(nn.Module):
 def branch() -> Case:
     torch.manual_seed(0)
     return Case(Branch(), [[(drawn(rank, 9, size),) for rank in range(4)] for size in (3, 6)])
+
+
+class JoinedTwice(nn.Module):
+    """Features joined in another order than that of their lookups, and some of them in a third order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.ModuleList(nn.Embedding(9, 3) for _ in range(3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        first, second, third = (table(ids[:, i]) for i, table in enumerate(self.emb))
+        return torch.cat([torch.cat([third, first, second], dim=1), torch.cat([first, third], dim=1) * 2], dim=1)
+
+
+@case
+def joined_twice() -> Case:
+    torch.manual_seed(0)
+    return Case(JoinedTwice(), [[(drawn(0, 9, 4, 3),)]], topology="1x1")
 
 
 # ------------------------------------------------------------------------------------------------------ the comparison
@@ -618,6 +637,28 @@ def features_of_one_rank_are_batched_in_another_order(patch: Patch) -> None:
     fuse = BatchLookups._fuse
     patch.setattr(BatchLookups, "_fuse", lambda self, gm, ctx, lookups, route: fuse(
         self, gm, ctx, list(reversed(lookups)), route))  # fmt: skip
+
+
+@mutation("joined_twice", "output 0 differs")
+def features_that_lie_apart_are_read_at_once(patch: Patch) -> None:
+    def one_run(self: FoldJoins, join: Any, ctx: PassContext) -> list[list[int]]:
+        return [list(range(len(join.parts)))]
+
+    patch.setattr(FoldJoins, "_runs", one_run)
+
+
+@mutation("joined_twice", "output 0 differs")
+def lookups_change_places_and_their_columns_do_not(patch: Patch) -> None:
+    reorder = FoldJoins._reorder
+
+    def lookups_alone(self: FoldJoins, split: fx.Node, *args: Any) -> bool:
+        before = {item: item.args for item in split.users}
+        changed = reorder(self, split, *args)
+        for item, old in before.items():
+            item.args = old
+        return changed
+
+    patch.setattr(FoldJoins, "_reorder", lookups_alone)
 
 
 @mutation("bags", "VerifyError: .*found rule 'checked' broken")

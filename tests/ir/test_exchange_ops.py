@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -113,6 +114,11 @@ def comparing(seen: set[Callable[..., Any]]) -> Callable[[_LockstepProgram, Sequ
                 values[rank][node] = result
                 if node.target is ops.lookup and given_[rank][0][1] is None:
                     assert result.shape == (0, 0)  # another rank owns the table
+                    continue
+                bucket = node.args[0] if node.target is operator.getitem else node
+                if bucket.target is ex.synchronize_tower and values[rank][bucket.args[1]].group != bucket.args[2]:
+                    tensors = [result] if isinstance(result, torch.Tensor) else result
+                    assert not any(tensor.requires_grad for tensor in tensors)  # another tower's ranks train them
                     continue
                 try:
                     agreement.check(node.meta["val"], result)
