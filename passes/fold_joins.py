@@ -68,8 +68,7 @@ class FoldJoins(Pass):
         """Rewrite ``gm`` in place."""
         splits = calls(gm, ops.split_features)
         joins = self._joins(gm, splits)
-        of_one_rank = [split for split in splits if cast(fx.Node, split.args[0]).target is ops.batched_lookup]
-        reordered = [self._reorder(split, gm, ctx, joins) for split in of_one_rank if split.args[1] is None]
+        reordered = [self._reorder(split, gm, ctx, joins) for split in splits if _free(split)]
         if any(reordered):
             joins = self._joins(gm, splits)
         skipped: list[tuple[str, str]] = []
@@ -181,6 +180,11 @@ class FoldJoins(Pass):
         if ctx.training and any(column.reads > _MOST_READS for _, column in columns):
             return "features are read more than twice: their gradients would be summed in another order"
         return "no two of its features lie side by side in the same order"
+
+
+def _free(split: fx.Node) -> bool:
+    """Tell whether features come straight from the lookups, without an exchange."""
+    return getattr(split.args[0], "target", None) is ops.batched_lookup
 
 
 def _columns_of(split: fx.Node) -> dict[fx.Node, _Column]:
