@@ -6,8 +6,8 @@
 Sizes: random tables whose weights, widths and bags differ, interactions in blocks under noise; every plan is checked to
 hold each table once before a figure is printed. Recovery: small flat DLRMs are trained on synthetic clicks whose
 interacting features are known; the adjusted Rand index (1: the planted blocks; 0: chance) of the towers is compared with
-strided ones, with the paper's plane and k-means, with spectral clustering and with networkx's greedy communities on the
-same matrix. Spectral clustering and communities know of no balance.
+strided ones, with the paper's plane and k-means, with spectral clustering and with networkx's greedy communities on
+the same matrix. Spectral clustering and communities know of no balance.
 """
 
 from __future__ import annotations
