@@ -24,6 +24,7 @@ from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.runtime.clipping import clip_grad_norm_
 from dmt_compile.runtime.simulated_world import SimulatedWorld
 from dmt_compile.runtime.state import full_state_dict
+from dmt_compile.runtime.warmup import warmup
 from dmt_compile.topology import Topology
 from dmt_compile.transformation import TransformedModel, transform
 
@@ -57,4 +58,5 @@ __all__ = [
     "plan",
     "save_picture",
     "transform",
+    "warmup",
 ]

@@ -122,7 +122,7 @@ def _certify(args: argparse.Namespace, model: nn.Module, batch: Any, options: di
 def _as_json(explanation: Explanation) -> dict[str, Any]:
     passes = [
         {"name": r.name, "effect": r.effect.name, "changed": r.report.changed, "matched": r.report.matched}
-        | {"left_alone": [list(item) for item in r.report.skipped]}
+        | {"left_alone": [list(item) for item in r.report.skipped], "notes": list(r.report.notes)}
         for r in explanation.passes
     ]
     return {

@@ -197,8 +197,8 @@ class Options:
         recipe = TowerModules(kind, dict(self.tower_module_options), self.seed)
         if recorded is not None and recorded.kind != kind:
             raise ConfigError(
-                f"options: expected the plan's Tower Modules {recorded.kind!r}, found 'tower_module' {kind!r}; drop it, "
-                "or make a new plan"
+                f"options: expected the plan's Tower Modules {recorded.kind!r}, found 'tower_module' {kind!r}; drop "
+                "it, or make a new plan"
             )
         return recorded or recipe
 
