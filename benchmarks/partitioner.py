@@ -5,7 +5,7 @@
 
 Sizes: random tables whose weights, widths and bags differ, interactions in blocks under noise; every plan is checked to
 hold each table once before a figure is printed. Recovery: small flat DLRMs are trained on synthetic clicks whose
-interacting features are known; the adjusted Rand index (1: the planted blocks; 0: chance) of the towers is compared with
+interacting features are known; the adjusted Rand index (1: planted blocks; 0: chance) of the towers is compared with
 strided ones, with the paper's plane and k-means, with spectral clustering and with networkx's greedy communities on
 the same matrix. Spectral clustering and communities know of no balance.
 """
@@ -72,23 +72,22 @@ def peaks_of(plan: TowerPlan) -> tuple[float, ...]:
 
 def sizes() -> None:
     """Print seconds and imbalance of each partition at each size."""
-    print(
-        f"{'tables':>6} {'towers':>6} {'partition':>9} {'seconds':>8} {'load':>6} {'weights':>8} {'rows':>6} {'inside':>7}"
-    )
+    columns = {"tables": 6, "towers": 6, "partition": 9, "wall s": 7, "CPU s": 6, "load": 5, "weights": 7, "rows": 5}
+    print(" ".join(f"{name:>{width}}" for name, width in (*columns.items(), ("inside", 7))))
     for number, towers in SIZES:
         tables, matrix = random_problem(number, towers, seed=0)
         flat = matrix.of_tables([table.name for table in tables])
         for partition in ("strided", "balanced", "coherent", "diverse"):
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             given = matrix if partition in ("coherent", "diverse") else None
             plan = make_plan(tables, Topology(towers, 8), partition=partition, interactions=given)
-            seconds = time.perf_counter() - start
+            seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
             assert sorted(n for tower in plan.towers for n in tower.tables) == sorted(t.name for t in tables)
             load, weights, rows = peaks_of(plan)
             share = inside_share(flat, towers_of(plan))
             print(
-                f"{number:>6} {towers:>6} {partition:>9} {seconds:>8.2f} {load:>6.2f} {weights:>8.2f} {rows:>6.2f} "
-                f"{share:>7.1%}"
+                f"{number:>6} {towers:>6} {partition:>9} {seconds:>7.2f} {cpu:>6.2f} {load:>5.2f} {weights:>7.2f} "
+                f"{rows:>5.2f} {share:>7.1%}"
             )
 
 

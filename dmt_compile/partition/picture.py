@@ -80,7 +80,9 @@ def save_picture(
             for point in mine_T2:
                 axes.plot(*zip(center, point, strict=True), color=color, alpha=0.35, linewidth=0.8, zorder=1)
             label = f"{tower.name} ({len(mine_T2)})"
-            axes.scatter(mine_T2[:, 0], mine_T2[:, 1], s=34, color=color, marker=shape, label=label, linewidths=0, zorder=2)
+            axes.scatter(
+                mine_T2[:, 0], mine_T2[:, 1], s=34, color=color, marker=shape, label=label, linewidths=0, zorder=2
+            )
         axes.set_aspect("equal", adjustable="datalim")
         axes.margins(0.08)
         axes.set_xticks([])
