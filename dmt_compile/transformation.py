@@ -8,7 +8,7 @@ import itertools
 import linecache
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -22,6 +22,7 @@ from dmt_compile.inspection.dumps import GraphDump
 from dmt_compile.ir import ops
 from dmt_compile.ir.pass_base import PassContext, calls, erase_unused, placeholders, sort_graph
 from dmt_compile.ir.stages import Stage
+from dmt_compile.passes.insert_tower_modules import REFUSED
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.session import Passes, Session, plan_for
 from dmt_compile.topology import Topology
@@ -43,7 +44,7 @@ class TransformedModel(nn.Module):
         super().__init__()
         self._forwards: dict[bool, Forward] = {}
         self._sources: dict[bool, str] = {}
-        self.register_load_state_dict_pre_hook(_in_place_of_flat)
+        self.register_load_state_dict_pre_hook(_in_place_of_flat)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the transformed graph of the present mode gives; arguments as for the flat model."""
@@ -69,8 +70,7 @@ def transform(
     *,
     kwargs: Mapping[str, Any] | None = None,
     tower_module: Callable[..., nn.Module] | None = None,
-    strict: bool = True,
-) -> nn.Module:
+) -> TransformedModel:
     """Return a new module that computes the model with the plan's Tower Modules, in one process.
 
     Args:
@@ -79,7 +79,6 @@ def transform(
         plan: with Tower Modules, such as ``dmt_compile.plan(model, batch, "4x8", tower_module="dlrm")`` makes.
         kwargs: keyword arguments of the model.
         tower_module: the callable that the plan names, if it does: a plan cannot hold it.
-        strict: raise where Tower Modules cannot be inserted; nothing else is allowed here.
 
     Returns:
         A module with the same arguments and outputs. New are ``dmt_towers`` and the layers that got another size.
@@ -109,9 +108,7 @@ def transform(
     towers: Towers | None = None
     for mode in (True, False):
         captured = _capture(bare, positional, dict(kwargs or {}), options, towers, mode)
-        assert captured.ctx is not None
-        towers = captured.ctx.towers
-        assert towers is not None
+        towers = captured.ctx.towers or _refused(captured.ctx)
         source, function = _write(bare, captured, mode)
         result._sources[mode], result._forwards[mode] = source, function
         result.dmt_plan = captured.ctx.plan if captured.ctx.plan is not None else plan
@@ -122,6 +119,20 @@ def transform(
         if name:
             result.get_submodule(name).training = module.training
     return result
+
+
+def _refused(ctx: PassContext) -> NoReturn:
+    """Say why a model has no Tower Modules.
+
+    Raises:
+        UnsupportedGraphError: always.
+    """
+    left = [item for item in ctx.embedding_graph.unmatched if item.reason.startswith(REFUSED)]
+    reason = f"{left[0].reason} ({left[0].source_line})" if left else "that it has no embedding table"
+    raise UnsupportedGraphError(
+        f"transform: expected features that meet in an interaction, found {reason}; without Tower Modules "
+        "torch.compile(..., backend='dmt') takes the model as it is"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- capture

@@ -3,8 +3,10 @@
     python train_dlrm.py                                                   # eager PyTorch
     python train_dlrm.py --backend dmt                                     # the same, compiled
     torchrun --nproc-per-node 4 train_dlrm.py --backend dmt --topology 2x2 # four ranks as two hosts of two
+    ... --tower-module dlrm --tower-dim 8                                  # each host compresses what it sends
 
-Nothing in the training loop is about towers: the model is flat, the tensors and optimizers are PyTorch's own.
+Nothing in the training loop is about towers: the model is flat, the tensors and optimizers are PyTorch's own. Only
+``--tower-module``, which gives the model new parameters, needs a line before the optimizer is built.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit-rows", type=int, help="use only so many rows of the data")
     parser.add_argument("--backend", choices=("eager", "inductor", "dmt"), default="eager")
     parser.add_argument("--topology", help="<hosts>x<ranks per host>; default: as torchrun was started")
+    parser.add_argument("--tower-module", choices=("dlrm", "dcn", "dot"), help="compress towers; changes the model")
+    parser.add_argument("--tower-dim", type=int, help="width of a vector that a tower sends; default: --dim")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=2048, help="rows per step over all ranks")
     parser.add_argument("--dim", type=int, default=16, help="embedding width")
@@ -54,6 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.data == "criteo" and args.path is None:
         parser.error("--data criteo: expected --path with a file in Criteo's format, found none")
+    if args.tower_module is not None and args.backend != "dmt":
+        parser.error(f"--tower-module: expected --backend dmt, found {args.backend}")
     return args
 
 
@@ -95,19 +101,19 @@ def make_optimizers(model: nn.Module, name: str, lr: float, sparse: bool) -> lis
 
 
 def look_ahead(
-    model: nn.Module, batch: Batch, device: torch.device, topology: str, quiet: bool
+    model: nn.Module, batch: Batch, device: torch.device, options: dict[str, Any], quiet: bool
 ) -> dict[str, dict[str, int]]:
     """Print, unless ``quiet``, how the tables will be spread.
 
     Returns:
-        Bytes per step over links inside and across hosts, of the flat model and of the towers.
+        Bytes per step over links inside and across hosts, of the flat model, of the towers, and with Tower Modules.
     """
     import dmt_compile  # the model, the loop and the eager backend do without it
 
     inputs = batch.inputs(device)
     if not quiet:
-        print(dmt_compile.plan(model, inputs, topology=topology), flush=True)
-    bytes_per_link: dict[str, dict[str, int]] = dmt_compile.explain(model, inputs, topology=topology).bytes_per_link
+        print(dmt_compile.plan(model, inputs, **options), flush=True)
+    bytes_per_link: dict[str, dict[str, int]] = dmt_compile.explain(model, inputs, **options).bytes_per_link
     return bytes_per_link
 
 
@@ -188,16 +194,22 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = DLRM(table_rows, args.dim, dense_features, sparse=args.sparse).to(device)
     options: dict[str, Any] = {"topology": topology} if args.backend == "dmt" else {}
+    if args.tower_module is not None:
+        options |= {"tower_module": args.tower_module, "tower_module_options": {"dim": args.tower_dim or args.dim}}
+    bytes_per_link = None
+    if args.backend == "dmt" and world > 1 and rank == 0:
+        bytes_per_link = look_ahead(model, next(iter(train_batches(0))), device, options, args.quiet)
     compiled: Callable[..., Tensor] = model
     if args.backend != "eager":
         compiled = torch.compile(model, backend=args.backend, options=options)
+    if args.tower_module is not None:
+        import dmt_compile
+
+        dmt_compile.warmup(compiled, next(iter(train_batches(0))).inputs(device))  # the optimizer needs the towers
     optimizers = make_optimizers(model, args.optimizer, args.lr or LEARNING_RATES[args.optimizer], args.sparse)
 
-    bytes_per_link = None
-    if args.backend == "dmt" and world > 1 and rank == 0:
-        bytes_per_link = look_ahead(model, next(iter(train_batches(0))), device, topology, args.quiet)
-
     name = args.backend + (f" x{world} as {topology}" if world > 1 else "")
+    name += f", {args.tower_module} towers" if args.tower_module is not None else ""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} samples/s"),

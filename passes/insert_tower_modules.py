@@ -51,6 +51,8 @@ from dmt_compile.towers import NAME, Towers, resized
 
 logger = logging.getLogger(__name__)
 
+REFUSED = "Tower Modules are refused"
+
 
 @dataclass(frozen=True)
 class _Tower:
@@ -93,7 +95,7 @@ class InsertTowerModules(Pass):
             towers = self._towers(ctx, recipe, family, ctx.plan)
             resizing = self._resizing(gm, ctx, family, towers)
         except (NoFamily, CannotResize) as refusal:
-            left = ctx.leave(refusal.node, f"Tower Modules are refused: {refusal}", self.name)
+            left = ctx.leave(refusal.node, f"{REFUSED}: {refusal}", self.name)
             logger.warning("insert_tower_modules: %s", left[1])
             return PassReport(changed=False, skipped=(left,))
         notes = self._rewrite(gm, ctx, family, towers, resizing, recipe)

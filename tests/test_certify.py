@@ -459,6 +459,13 @@ def test_towers_are_held_against_the_towered_model_of_one_process() -> None:
     assert not hasattr(model, "dmt_towers")
 
 
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
+def test_compiled_towers_pass_gradients_on_to_tables(compiler: str) -> None:
+    model, batch = small()
+    certificate = dmt_compile.certify(model, batch, "2x1", dense_compiler=compiler, **TOWERS)
+    assert certificate.holds, certificate
+
+
 def test_a_transformed_model_is_certified_like_any_other() -> None:
     model, batch = small()
     result = dmt_compile.transform(model, batch, dmt_compile.plan(model, batch, "2x2", **TOWERS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import dmt_compile
 from dmt_compile.errors import ConfigError, PlanError, UnsupportedGraphError
+from dmt_compile.plan import TowerModules
 from dmt_compile.tower_modules import TowerSpec
 from tests._tolerances import assert_reordered
 from tests.models import DLRM, Batch, Projected, make_batch
@@ -399,6 +401,14 @@ def test_without_a_known_interaction_towers_are_refused_and_the_rest_still_compi
     torch._dynamo.reset()
     with pytest.raises(UnsupportedGraphError, match="no cat or stack joins the vectors"):
         compiled(model, tower_module="dlrm", strict=True)(ids)
+    plan = replace(dmt_compile.plan(model, ids, "1x1"), tower_modules=TowerModules("dlrm"))
+    text = (
+        r"transform: expected features that meet in an interaction, found Tower Modules are refused: no cat .*\.py:\d+"
+    )
+    with pytest.raises(UnsupportedGraphError, match=text):
+        dmt_compile.transform(model, ids, plan)
+    with pytest.raises(UnsupportedGraphError, match="found that it has no embedding table"):
+        dmt_compile.transform(nn.Linear(3, 2), torch.ones(2, 3), plan)
 
 
 def test_a_layer_that_features_share_with_the_dense_part_keeps_its_size() -> None:

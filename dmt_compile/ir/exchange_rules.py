@@ -119,11 +119,15 @@ def synchronized(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 def towers_apart(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for node in calls(gm, ex.run_towers):
         args: Any = node.args
-        _, route, towers, _, given = args
+        joined, route, towers, regions, given = args
         layout = route.meta["val"].layout
         sent = [sum(t.width for t in towers if t.group == group) for group in range(layout.topology.hosts)]
         if list(layout.outputs) != sent:
             yield f"{node.name} gives {sent} columns by group, but {list(layout.outputs)} are exchanged"
+        for region in regions:
+            start = next(iter(region.meta["val"].graph_module.graph.nodes)).meta["val"]
+            if start.requires_grad != joined.meta["val"].requires_grad:
+                yield f"{region.name} and the features that it reads disagree on gradients"
         for tower in towers:
             away = set(tower.features) - set(layout.group_features(tower.group))
             if away:

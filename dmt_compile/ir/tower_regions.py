@@ -157,7 +157,8 @@ def _region(gm: fx.GraphModule, ctx: PassContext, module: TowerModule) -> DenseR
     graph = fx.Graph()
     start = graph.placeholder("embs")
     before = module.input.meta["val"]
-    start.meta["val"] = before.new_empty(ctx.environment.fresh_size(), before.shape[1])
+    # Without requires_grad a compiled region would give its features no gradient.
+    start.meta["val"] = ops.requires_grad(before.new_empty(ctx.environment.fresh_size(), before.shape[1]), before)
     copies: dict[fx.Node, fx.Node] = {module.input: start}
     for node in module.given:
         copies[node] = graph.placeholder(node.name)

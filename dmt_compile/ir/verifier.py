@@ -96,7 +96,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "towers-apart",
         Stage.DISTRIBUTED,
-        "Tower Modules run in the group that holds their features, send what is exchanged, and are summed there.",
+        "Tower Modules run where their features are, send what is exchanged, pass gradients on, and are summed there.",
         exchange.towers_apart,
     ),
     Rule("synchronized", Stage.LOWERED, "Every trained dense parameter's gradient is averaged.", exchange.synchronized),

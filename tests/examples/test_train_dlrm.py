@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from data import Batch
-from demo import problems, summary
+from demo import WITH_TOWERS, problems, summary
 from dlrm import DLRM
 from rich.console import Console
 from train_dlrm import make_optimizers, parse_args, train_epoch
@@ -49,6 +49,21 @@ def test_the_script_reads_a_click_log(tmp_path: Path) -> None:
     done = run("--data", "criteo", "--path", str(path), *small)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("eager: loss")
+
+
+def test_towers_without_dmt_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--tower-module", "dlrm"])
+    assert "--tower-module: expected --backend dmt, found eager" in capsys.readouterr().err
+
+
+def test_the_script_trains_towers(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    small = ("--limit-rows", "3000", "--epochs", "1", "--batch-size", "500", "--quiet", "--json", str(file))
+    done = run("--backend", "dmt", "--tower-module", "dlrm", "--tower-dim", "8", *small)
+    assert done.returncode == 0, done.stderr
+    assert "dmt, dlrm towers: loss" in done.stdout
+    assert 0 < json.loads(file.read_text())["auc"] < 1
 
 
 def test_several_ranks_without_dmt_are_refused() -> None:
@@ -114,6 +129,9 @@ def test_the_demo_finds_runs_that_disagree_or_did_not_learn() -> None:
     (weak,) = problems({"a": result(0.7999), "b": result(0.8001)}, 0.8)
     assert weak == "demo: expected a test AUC of at least 0.8 for a, found 0.7999"
     assert problems({"a": result(0.6), "b": result(0.6)}, None) == []
+    towers = {"a": result(0.81), WITH_TOWERS: result(0.805)}  # another model
+    assert problems(towers, 0.8) == []
+    assert len(problems(towers, 0.807)) == 1
 
 
 def test_the_demo_shows_bytes_across_hosts_beside_the_flat_exchange() -> None:
@@ -121,3 +139,6 @@ def test_the_demo_shows_bytes_across_hosts_beside_the_flat_exchange() -> None:
     console = Console(width=140, file=io.StringIO(), record=True)
     console.print(summary({"one": result(0.8), "four": result(0.8, links)}))
     assert "3.50 MB (flat 4.00)" in console.export_text()
+    links["sptt+tm"] = {"intra": 2, "cross": 2_000_000}
+    console.print(summary({WITH_TOWERS: result(0.8, links)}))
+    assert "2.00 MB (flat 4.00)" in console.export_text()

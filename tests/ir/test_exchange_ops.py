@@ -572,3 +572,42 @@ def test_scaling_by_frequency_is_that_of_a_lookup() -> None:
     (theirs,) = torch.autograd.grad((expected * weights).sum(), [table])
     torch.testing.assert_close(mine, theirs)
     torch.testing.assert_close(mine[1], (weights[0] + weights[2] + weights[3]) / 3)
+
+
+# ------------------------------------------------------------------------------------------------------ Tower Modules
+
+
+def run_two_towers(rank: int, shared: torch.Tensor, own: torch.Tensor, joined_PW: torch.Tensor) -> torch.Tensor:
+    """Run the towers of one rank of 2x1: both multiply by ``shared``, the second one by ``own`` too."""
+    layout = make_layout(2, 1, (0, 0, 1), (2, 1, 3), (True,) * 3, (False,) * 3, (3, 3))
+    route = Route(layout, rank, (2, 3), ((0, 0), (0,)), ((0,), (0,)))
+    towers = (
+        ex.TowerRun(0, (0,), 0, "float64", 2),
+        ex.TowerRun(0, (1,), -1, "", 1),
+        ex.TowerRun(1, (2,), 1, "float32", 3),
+    )
+    regions = [lambda embs, p: (embs * p,), lambda embs, p, q: (embs * p * q,)]
+    return ex.run_towers(joined_PW, route, towers, regions, [(shared,), (shared, own)])
+
+
+def test_towers_run_in_their_own_group_on_their_own_columns() -> None:
+    shared, own = torch.tensor(2.0), torch.tensor(5.0)
+    joined_PW = torch.arange(15.0).view(5, 3)
+    first = run_two_towers(0, shared, own, joined_PW)
+    assert first.dtype == torch.float32  # as on the wire, whatever the module computes in
+    assert torch.equal(first, torch.cat([joined_PW[:, :2] * 2, joined_PW[:, 2:]], dim=1))
+    assert torch.equal(run_two_towers(1, shared, own, joined_PW), joined_PW * 10)
+
+
+def test_a_parameter_of_another_group_s_tower_takes_part_in_the_backward_pass() -> None:
+    """All ranks average a parameter that several groups read: a rank that does not use it must not stay away."""
+    shared, own = torch.tensor(2.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
+    joined_PW = torch.arange(15.0).view(5, 3).requires_grad_()
+    run_two_towers(0, shared, own, joined_PW).sum().backward()
+    assert own.grad == 0
+    assert shared.grad == joined_PW[:, :2].sum()
+    assert joined_PW.grad is not None
+    assert torch.equal(joined_PW.grad[0], torch.tensor([2.0, 2.0, 1.0]))
+    without = run_two_towers(0, shared, own.detach(), joined_PW)
+    without.sum().backward()
+    assert own.grad == 0

@@ -260,6 +260,14 @@ def a_tower_that_sends_other_columns(graph: Captured) -> str:
     return f"{run.name} gives .* columns by group, but .* are exchanged"
 
 
+@fault("towers-apart", "2x2", "lower_to_sptt", **TOWERS)
+def a_tower_that_passes_no_gradient_on(graph: Captured) -> str:
+    region: Any = graph.node(ex.run_towers).args[3][0]  # type: ignore[index]
+    start = next(iter(region.meta["val"].graph_module.graph.nodes))
+    start.meta["val"] = start.meta["val"].detach()
+    return f"{region.name} and the features that it reads disagree on gradients"
+
+
 @fault("towers-apart", "2x2", "sync_dense_gradients", **TOWERS)
 def a_tower_summed_over_another_group(graph: Captured) -> str:
     together = graph.node(ex.synchronize_tower)
