@@ -1,7 +1,7 @@
 """Look up each column piece of a split table by itself: the plan may give pieces to different towers.
 
 Before, a table ``emb.3`` of 64 columns that the plan has as ``emb.3[:, 0:32]`` and ``emb.3[:, 32:64]``; after, a
-lookup for each piece, with the same ids, offsets and weights, and the cat of what they give in its place. The pieces are
+lookup for each piece, with the same ids, offsets and weights, and the cat of what they give in its place. Pieces are
 tables and features of their own from here on. Pooling works on each column by itself, so nothing else changes.
 """
 
