@@ -19,6 +19,7 @@ from dmt_compile.errors import (
 from dmt_compile.inspection.certificate import Certificate, Quantity
 from dmt_compile.partition.interaction import InteractionMatrix
 from dmt_compile.partition.measure import interactions
+from dmt_compile.partition.picture import save_picture
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.runtime.clipping import clip_grad_norm_
 from dmt_compile.runtime.simulated_world import SimulatedWorld
@@ -55,6 +56,7 @@ __all__ = [
     "full_state_dict",
     "interactions",
     "plan",
+    "save_picture",
     "transform",
     "warmup",
 ]

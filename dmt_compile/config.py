@@ -41,8 +41,11 @@ class Options:
         interactions: of the features, for ``"coherent"`` and ``"diverse"``: what :func:`dmt_compile.interactions`
             returned, the path of such a saved matrix, or a networkx graph of features with edge weights from 0 to 1.
         max_imbalance: the most bytes moved, weights and rows read of a ``"coherent"`` or ``"diverse"`` tower, relative
-            to the mean tower; ``None`` is 1.1 wherever the tables allow it, a number must be kept.
+            to the mean tower; ``None`` is 1.1, where tables are too uneven for that 1.1 times the least that they
+            allow; a number must be kept.
         memory_bytes: the most bytes of weights on a rank.
+        split_columns: let the planner split tables by columns where one outweighs a tower or a rank, or there are fewer
+            tables than towers; ids of a split table are sent once a piece. Not together with Tower Modules.
         tower_module: what compresses each tower before its embeddings cross hosts, which changes the model: ``None``, a
             kind of :mod:`dmt_compile.tower_modules` (``"dlrm"``, ``"dcn"``, ...), or a callable
             ``(tower: TowerSpec) -> nn.Module``.
@@ -69,6 +72,7 @@ class Options:
     interactions: InteractionMatrix | nx.Graph[Any] | str | Path | None = None
     max_imbalance: float | None = None
     memory_bytes: int | None = None
+    split_columns: bool = False
     tower_module: str | Callable[..., Any] | None = None
     tower_module_options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -108,7 +112,7 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
                 raise ConfigError(f"options: expected seconds above 0 for {name!r}, found {value!r}")
-        for name in ("check_ids", "strict", "verify"):
+        for name in ("check_ids", "split_columns", "strict", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"options: expected True or False for {name!r}, found {getattr(self, name)!r}")
         if not isinstance(self.plan, TowerPlan | str | Path | None):
@@ -152,8 +156,13 @@ class Options:
             raise ConfigError(f"options: expected a number of at least 1 for 'max_imbalance', found {limit!r}")
         if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
             raise ConfigError(f"options: expected bytes above 0 for 'memory_bytes', found {memory!r}")
-        if self.plan is not None and memory is not None:
-            raise ConfigError("options: expected 'plan' alone, found it beside 'memory_bytes'; drop one of them")
+        for name in ("memory_bytes", "split_columns"):
+            if self.plan is not None and getattr(self, name):
+                raise ConfigError(f"options: expected 'plan' alone, found it beside {name!r}; drop one of them")
+        if self.split_columns and self.tower_module is not None:
+            raise ConfigError(
+                "options: expected whole tables under 'tower_module', found 'split_columns' beside it; drop one of them"
+            )
 
     def _check_tower_module(self) -> None:
         if isinstance(self.tower_module, str):
@@ -244,6 +253,7 @@ class Options:
             "interactions": None if given is None else read_interactions(given),
             "max_imbalance": self.max_imbalance,
             "memory_bytes": self.memory_bytes,
+            "split_columns": self.split_columns,
             "seed": self.seed,
         }
 

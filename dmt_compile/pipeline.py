@@ -27,6 +27,7 @@ from dmt_compile.passes.normalize_graph import NormalizeGraph
 from dmt_compile.passes.partition_towers import PartitionTowers
 from dmt_compile.passes.place_tables import PlaceTables
 from dmt_compile.passes.pool_sequences import PoolSequences
+from dmt_compile.passes.split_columns import SplitColumns
 from dmt_compile.passes.split_field_tables import SplitFieldTables
 from dmt_compile.passes.sync_dense_gradients import SyncDenseGradients
 
@@ -43,6 +44,7 @@ def passes_in_order(options: Options) -> tuple[Pass, ...]:
         CheckLookups(),  # names what all later passes speak of
         FindInteraction(),  # needs the features
         PartitionTowers(),  # needs the tables, and the interaction once towers are chosen by affinity
+        SplitColumns(),  # needs the plan; before anything asks for a table's tower
         InsertTowerModules(),  # needs the towers; before exchanges, which it makes narrower
         PlaceTables(),  # needs the towers
         LowerToSptt(),  # needs the placements

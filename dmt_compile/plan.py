@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dmt_compile.errors import PlanError
 from dmt_compile.topology import Topology
@@ -16,10 +16,37 @@ from dmt_compile.topology import Topology
 PLAN_VERSION = 2
 
 
-def parameter_of(table: str) -> tuple[str, int]:
-    """Return the parameter that holds a table, and its first row: ``emb[100:150]`` is in ``emb`` from row 100 on."""
-    field = re.fullmatch(r"(.+)\[(\d+):\d+\]", table)
-    return (field[1], int(field[2])) if field else (table, 0)
+class Origin(NamedTuple):
+    """The parameter that holds a table, and the table's first row and column in it."""
+
+    parameter: str
+    first_row: int
+    first_column: int
+
+
+_PART = re.compile(r"(.+)\[(?:(\d+):(\d+)|:)(?:, (\d+):(\d+))?\]")
+
+
+def parameter_of(table: str) -> Origin:
+    """Return where a table is: ``emb[100:150]`` in ``emb`` from row 100 on, ``emb[:, 8:16]`` there from column 8 on."""
+    part = _PART.fullmatch(table)
+    return Origin(part[1], int(part[2] or 0), int(part[4] or 0)) if part else Origin(table, 0, 0)
+
+
+def whole_of(table: str) -> tuple[str, tuple[int, int] | None]:
+    """Return the table of which a column piece is a part, and the piece's columns; ``None`` for a whole table."""
+    part = _PART.fullmatch(table)
+    if part is None or part[4] is None:
+        return table, None
+    rows = "" if part[2] is None else f"[{part[2]}:{part[3]}]"
+    return part[1] + rows, (int(part[4]), int(part[5]))
+
+
+def piece_name(table: str, columns: tuple[int, int]) -> str:
+    """Return the name of a column piece: ``emb[:, 0:32]``, of a field's rows ``emb[100:150, 0:32]``."""
+    part = _PART.fullmatch(table)
+    rows = ":" if part is None else f"{part[2]}:{part[3]}"
+    return f"{table if part is None else part[1]}[{rows}, {columns[0]}:{columns[1]}]"
 
 
 @dataclass(frozen=True)
@@ -183,6 +210,35 @@ class TowerPlan:
                 return tower
         raise PlanError(f"plan: expected a tower for table {table}, found none; the plan belongs to another model")
 
+    def whole_tables(self) -> list[TableSpec]:
+        """The model's tables: those of the plan, with pieces of columns put together.
+
+        Raises:
+            PlanError: the pieces of a table do not cover its columns once.
+        """
+        pieces: dict[str, list[tuple[tuple[int, int], TableSpec]]] = {}
+        for table in self.tables:
+            name, columns = whole_of(table.name)
+            pieces.setdefault(name, []).append((columns or (0, table.dim), table))
+        out = []
+        for name, found in pieces.items():
+            ranges = sorted(columns for columns, _ in found)
+            if [first for first, _ in ranges] != [0, *(end for _, end in ranges[:-1])]:
+                raise PlanError(f"plan: expected pieces that cover the columns of {name} once, found {ranges}")
+            out.append(replace(found[0][1], name=name, dim=ranges[-1][1]))
+        return out
+
+    def parts_of(self, parameter: str) -> list[tuple[str, Shard]]:
+        """The shards of all tables that a parameter holds: the table's name, rows and columns of the parameter."""
+        found = []
+        for name, shards in self.placements.items():
+            where, row, column = parameter_of(name)
+            for shard in shards if where == parameter else ():
+                rows = (row + shard.rows[0], row + shard.rows[1])
+                columns = (column + shard.columns[0], column + shard.columns[1])
+                found.append((name, Shard(shard.rank, rows, columns)))
+        return found
+
     def owner(self, table: str) -> int:
         """The one rank that holds all of ``table``.
 
@@ -238,7 +294,7 @@ class TowerPlan:
         Raises:
             PlanError: a name, shape or element type differs.
         """
-        mine = {t.name: (t.rows, t.dim, t.dtype) for t in self.tables}
+        mine = {t.name: (t.rows, t.dim, t.dtype) for t in self.whole_tables()}
         theirs = {t.name: (t.rows, t.dim, t.dtype) for t in tables}
         if mine != theirs:
             differing = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))

@@ -89,7 +89,7 @@ class CheckLookups(Pass):
             name = f"{name}[{first}:{end}]"
         dtype = weight.meta["val"].dtype
         graph = ctx.embedding_graph
-        graph.add_table(Table(name, weight.name, end - first, dim, dtype, ctx.parameters[weight.name], first))
+        graph.add_table(Table(name, weight.name, end - first, dim, dtype, ctx.parameters[weight.name]))
         uses[name] += 1
         found = self._value(torch_internals.canonical_expression(ids.meta["val"].shape[0]), real)
         here = self._value(torch_internals.canonical_expression(lookup.meta["val"].shape[0]), real)

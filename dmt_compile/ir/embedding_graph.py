@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
@@ -16,7 +17,8 @@ from dmt_compile.plan import TableSpec, parameter_of
 class Table:
     """An embedding table: its flat name, graph input and parameter.
 
-    A field of a table of many fields is a table of its own: ``emb[100:150]`` has 50 rows from ``first_row`` 100 on.
+    A field of a table of many fields is a table of its own, ``emb[100:150]``. So is a piece of a table's columns, where
+    the plan splits it: ``emb[:, 8:16]``.
     """
 
     name: str
@@ -25,12 +27,11 @@ class Table:
     dim: int
     dtype: torch.dtype
     parameter: torch.Tensor | None = field(compare=False, repr=False)
-    first_row: int = 0
 
     @property
     def parameter_name(self) -> str:
         """The flat name of the parameter that holds this table's rows, without ``.weight``."""
-        return parameter_of(self.name)[0]
+        return parameter_of(self.name).parameter
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,30 @@ class EmbeddingGraph:
         """Add a lookup of a table that was added before."""
         self.graph.add_edge(("table", feature.table), ("feature", feature.name))
         self.graph.nodes["feature", feature.name]["item"] = feature
+
+    def split(self, tables: Mapping[str, Sequence[Table]], features: Mapping[str, Sequence[Feature]]) -> None:
+        """Put pieces of tables and their features in the place of what they are pieces of, by its name."""
+        pieces: dict[Any, list[tuple[str, str, Any]]]
+        pieces = {("table", name): [("table", t.name, t) for t in found] for name, found in tables.items()}
+        pieces |= {("feature", name): [("feature", f.name, f) for f in found] for name, found in features.items()}
+        old, self.graph = self.graph, nx.DiGraph()
+        for key, data in old.nodes(data=True):
+            for kind, name, item in pieces.get(key, [(*key, data.get("item"))]):
+                self.graph.add_node((kind, name), **({} if item is None else {"item": item}))
+        for feature in self.features:
+            self.graph.add_edge(("table", feature.table), ("feature", feature.name))
+        for source, target in old.edges:
+            for kind, name, _ in pieces.get(source, [(*source, None)]) if target[0] != "feature" else ():
+                self.graph.add_edge((kind, name), target)
+        self.interactions = [
+            replace(
+                found,
+                features=tuple(
+                    n for f in found.features for n in ([p.name for p in features[f]] if f in features else [f])
+                ),
+            )
+            for found in self.interactions
+        ]
 
     def add_interaction(self, interaction: Interaction) -> None:
         """Say what is computed of joined features; the first is the model's main interaction."""

@@ -22,7 +22,7 @@ import torch
 
 from dmt_compile import torch_internals
 from dmt_compile.kernels.batched_lookup import op as batched
-from dmt_compile.kernels.batched_lookup.op import Pooling
+from dmt_compile.kernels.batched_lookup.reference import Pooling, width_of
 from dmt_compile.runtime.checks import find_fault, trim
 from dmt_compile.runtime.route import Layout, Route
 
@@ -70,10 +70,10 @@ def requires_grad(out: torch.Tensor, *tensors: Any) -> torch.Tensor:
     return result
 
 
-def fake_rows(table: torch.Tensor, *sizes: Any) -> torch.Tensor:
-    """Return a fake tensor of a table's rows, (*sizes, D)."""
+def fake_rows(table: torch.Tensor, *sizes: Any, width: int | None = None) -> torch.Tensor:
+    """Return a fake tensor of a table's rows, (*sizes, D), or of ``width`` of its columns."""
     # half the cost of new_empty, which goes by way of it
-    return torch.empty((*sizes, table.shape[1]), dtype=table.dtype, device=table.device)
+    return torch.empty((*sizes, width or table.shape[1]), dtype=table.dtype, device=table.device)
 
 
 def _fake_check_batch(sizes: FreshSizes, ids: Any, offsets: Any, how: Any, *rest: Any) -> Any:
@@ -124,7 +124,7 @@ def even_offsets(ids_BL: torch.Tensor) -> torch.Tensor:
 
 def _fake_lookup(sizes: FreshSizes, table: Any, ids: Any, offsets: Any, weights: Any, how: Any) -> Any:
     bags = ids.shape[0] if offsets is None else offsets.shape[0] - int(how.last_offset)
-    return requires_grad(fake_rows(table, bags), table, weights)
+    return requires_grad(fake_rows(table, bags, width=width_of(table, how)), table, weights)
 
 
 @operator(_fake_lookup)
@@ -155,7 +155,7 @@ def _fake_batched_lookup(
     dtype = functools.reduce(torch.promote_types, (table.dtype for table in tables))
     if route is None:
         bags = ids[0].shape[0] if offsets[0] is None else offsets[0].shape[0]
-        width = sum(table.shape[1] for table in tables)
+        width: Any = sum(width_of(table, how) for table, how in zip(tables, pooling, strict=True))
     else:
         bags, width = route.global_batch_size, sizes.make()
     return requires_grad(tables[0].new_empty(bags, width, dtype=dtype), *tables, *weights)

@@ -11,6 +11,7 @@ from itertools import count
 from dmt_compile.errors import ConfigError, PlanError
 from dmt_compile.partition.affinity import group_by_interaction, targets
 from dmt_compile.partition.balance import balance, imbalance
+from dmt_compile.partition.columns import split_as_named, split_by_columns
 from dmt_compile.partition.interaction import InteractionMatrix, inside_share
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.topology import Topology
@@ -31,6 +32,7 @@ def make_plan(
     interactions: InteractionMatrix | None = None,
     max_imbalance: float | None = None,
     memory_bytes: int | None = None,
+    split_columns: bool = False,
     seed: int = 0,
 ) -> TowerPlan:
     """Assign every table to one tower and one rank; the same arguments give the same plan.
@@ -46,13 +48,15 @@ def make_plan(
             names per tower is taken as it is. All but ``"strided"`` even out a tower's tables over its ranks.
         interactions: of the tables, for ``"coherent"`` and ``"diverse"``.
         max_imbalance: the most bytes moved, weights and rows read of a ``"coherent"`` or ``"diverse"`` tower, relative
-            to the mean tower. ``None`` is 1.1, or what can be reached where tables do not allow that; a number must
-            be kept.
+            to the mean tower. ``None`` is 1.1, where tables are too uneven for that 1.1 times the least that they
+            allow; a number must be kept.
         memory_bytes: the most bytes of weights on a rank.
+        split_columns: split tables that outweigh a tower or a rank, and others while there are fewer than towers. An
+            explicit partition may name pieces, such as ``emb.3[:, 0:32]``, without it.
         seed: of the search for ``"coherent"`` and ``"diverse"`` towers.
 
     Returns:
-        A plan with one shard per table. A tower or a rank may hold no table.
+        A plan with one shard per table, or per piece of a table's columns. A tower or a rank may hold no table.
 
     Raises:
         ConfigError: the number of towers does not fit the number of hosts, or interactions are missing.
@@ -63,6 +67,10 @@ def make_plan(
     explicit, exact = not isinstance(partition, str), len(tables) <= EXACT_MAX_TABLES
     number = len(partition) if explicit else topology.hosts if towers == "host" else int(towers)
     _check_number(number, topology.hosts)
+    if not isinstance(partition, str):
+        tables = split_as_named(tables, (name for names in partition for name in names))
+    elif split_columns:
+        tables = split_by_columns(tables, number, memory_bytes)
     if memory_bytes is not None:
         _check_memory(tables, topology, memory_bytes)
     why: tuple[str, ...] = ()
@@ -174,16 +182,17 @@ def _interacting(
         f" over {interactions.samples:,} samples" if interactions.samples else ""
     )
     limit = bound.imbalance or MAX_IMBALANCE
-    over = [
-        f"no more even for {what}: table {tables[needs.index(max(needs))].name} alone has "
-        f"{max(needs) * number / sum(needs):.2f}x the mean tower"
-        for what, needs, peak in zip(_RESOURCES, resources, peaks, strict=True)
-        if peak > limit + 1e-6
-    ]
+    over = []
+    for what, needs, peak in zip(_RESOURCES, resources, peaks, strict=True):
+        if peak > limit + 1e-6:
+            alone = max(needs) * number / sum(needs)
+            largest = f"table {tables[needs.index(max(needs))].name} alone has {alone:.2f}x the mean tower"
+            whole = f"whole tables do not share out evenly, {len(tables)} in {number} towers"
+            over.append(f"{what} could not be within {limit:.2f}x: {largest if alone > limit else whole}")
     return bins, (
         f"{strategy} towers by {measured}: {share:.1%} of it is inside towers, {strided:.1%} with strided ones",
-        f"within {limit:.2f}x the mean tower where possible: bytes moved {peaks[0]:.2f}x, weights {peaks[1]:.2f}x, "
-        f"rows read {peaks[2]:.2f}x",
+        f"largest tower against the mean one: bytes moved {peaks[0]:.2f}x, weights {peaks[1]:.2f}x, rows read "
+        f"{peaks[2]:.2f}x; bound {limit:.2f}x",
         *over,
     )
 
@@ -230,7 +239,7 @@ def _check_memory(tables: Sequence[TableSpec], topology: Topology, memory_bytes:
         if table.memory_bytes > memory_bytes:
             raise PlanError(
                 f"partition: expected tables of at most memory_bytes = {memory_bytes:,} bytes, found {table.name} of "
-                f"{table.memory_bytes:,}; raise the bound or make the table smaller"
+                f"{table.memory_bytes:,}; raise the bound or set split_columns"
             )
     total = sum(table.memory_bytes for table in tables)
     if total > memory_bytes * topology.world_size:

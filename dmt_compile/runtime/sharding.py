@@ -12,26 +12,22 @@ import torch
 from torch import nn
 
 from dmt_compile import torch_internals
-from dmt_compile.errors import CheckpointError, PlanError, UnsupportedGraphError
+from dmt_compile.errors import CheckpointError, UnsupportedGraphError
 from dmt_compile.ir.embedding_graph import Table
 from dmt_compile.plan import TowerPlan
 from dmt_compile.runtime.tables import Block, ShardedTable
 from dmt_compile.runtime.world import ProcessWorld
 
 
-def block_of(plan: TowerPlan, pieces: Sequence[Table], rank: int, model: Any) -> Block:
-    """Return the block that ``rank`` holds of a parameter: the shards of its tables, or no rows.
+def block_of(plan: TowerPlan, table: Table, rank: int, model: Any) -> Block:
+    """Return the block that ``rank`` holds of the parameter of a table: the shards of all its tables, or no rows.
 
-    ``pieces`` is the parameter's one table, or the fields that it was split into.
+    Of several column ranges it is the columns from the first to the last: a block is one tensor.
     """
-    owned = [(table, shard) for table in pieces for shard in plan.placements[table.name] if shard.rank == rank]
-    rows = sorted((table.first_row + shard.rows[0], table.first_row + shard.rows[1]) for table, shard in owned)
-    columns = {shard.columns for _, shard in owned} or {(0, pieces[0].dim)}
-    if len(columns) > 1:
-        raise PlanError(
-            f"sharding: expected one column range of {pieces[0].parameter_name} on rank {rank}, found {sorted(columns)}"
-        )
-    return Block(pieces[0].parameter_name, tuple(rows) or ((0, 0),), columns.pop(), model)
+    owned = [shard for _, shard in plan.parts_of(table.parameter_name) if shard.rank == rank]
+    columns = [column for shard in owned for column in shard.columns] or [0, table.dim]
+    rows = sorted({shard.rows for shard in owned}) or [(0, 0)]
+    return Block(table.parameter_name, tuple(rows), (min(columns), max(columns)), model)
 
 
 def replicate(tensors: Iterable[torch.Tensor], world: ProcessWorld) -> None:
@@ -63,15 +59,13 @@ def shard_tables(tables: Sequence[Table], plan: TowerPlan, world: ProcessWorld, 
         parameter = of_parameter[0].parameter
         assert parameter is not None
         whole = parameter.detach()
-        for table in of_parameter:
-            for shard in plan.placements[table.name]:
-                if shard.rank != 0 and world.rank in (0, shard.rank):
-                    rows = (table.first_row + shard.rows[0], table.first_row + shard.rows[1])
-                    part = Block(name, (rows,), shard.columns).cut(whole)
-                    wire = part.contiguous().to(world.device)
-                    world.move(wire, 0, shard.rank, f"initial rows of {table.name}")
-                    part.copy_(wire)
-        _shard(name, parameter, block_of(plan, of_parameter, world.rank, model), optimizers)
+        for part_name, shard in plan.parts_of(name):
+            if shard.rank != 0 and world.rank in (0, shard.rank):
+                part = Block(name, (shard.rows,), shard.columns).cut(whole)
+                wire = part.contiguous().to(world.device)
+                world.move(wire, 0, shard.rank, f"initial rows of {part_name}")
+                part.copy_(wire)
+        _shard(name, parameter, block_of(plan, of_parameter[0], world.rank, model), optimizers)
 
 
 def _shard(name: str, parameter: torch.Tensor, block: Block, optimizers: list[torch.optim.Optimizer]) -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from dmt_compile.errors import CheckpointError
-from dmt_compile.plan import parameter_of
 from dmt_compile.runtime.distributed_session import ModelState, state_of
 from dmt_compile.runtime.sharding import sharded_state_allowed
 from dmt_compile.runtime.tables import ShardedTable
@@ -70,18 +69,17 @@ def _gather(table: ShardedTable) -> torch.Tensor | None:
         )
     world, block = state.world, table.block
     full = torch.empty(table.shape, dtype=table.dtype) if world.rank == 0 else None
-    for name, shards in state.plan.placements.items():
-        parameter, first_row = parameter_of(name)
-        for shard in shards if parameter == block.name else ():
-            rows = (first_row + shard.rows[0], first_row + shard.rows[1])
-            if shard.rank == world.rank:
-                start = block.local_row(rows[0])
-                wire = table.local[start : start + rows[1] - rows[0]].contiguous().to(world.device)
-            else:
-                shape = (rows[1] - rows[0], shard.columns[1] - shard.columns[0]) if full is not None else (0, 0)
-                wire = torch.empty(shape, dtype=table.dtype, device=world.device)
-            if shard.rank != 0:
-                world.move(wire, shard.rank, 0, f"gathering {name}")
-            if full is not None:
-                full[rows[0] : rows[1], shard.columns[0] : shard.columns[1]] = wire.cpu()
+    for name, shard in state.plan.parts_of(block.name):
+        rows, columns = shard.rows, shard.columns
+        if shard.rank == world.rank:
+            start, left = block.local_row(rows[0]), columns[0] - block.columns[0]
+            part = table.local[start : start + rows[1] - rows[0], left : left + columns[1] - columns[0]]
+            wire = part.contiguous().to(world.device)
+        else:
+            shape = (rows[1] - rows[0], columns[1] - columns[0]) if full is not None else (0, 0)
+            wire = torch.empty(shape, dtype=table.dtype, device=world.device)
+        if shard.rank != 0:
+            world.move(wire, shard.rank, 0, f"gathering {name}")
+        if full is not None:
+            full[rows[0] : rows[1], columns[0] : columns[1]] = wire.cpu()
     return full

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dmt_compile.errors import UnsupportedGraphError
-from dmt_compile.kernels.batched_lookup.reference import Pooling
+from dmt_compile.kernels.batched_lookup.reference import Pooling, width_of
 from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse
 
 __all__ = ["Pooling", "batched_lookup"]
@@ -80,13 +80,15 @@ class _BatchedLookup(torch.autograd.Function):
         dtype = locals_[0].dtype
         for local in locals_[1:]:
             dtype = torch.promote_types(dtype, local.dtype)
-        out_BW = locals_[0].new_empty(bags, sum(locals_[feature].shape[1] for feature in owned), dtype=dtype)
+        width = sum(width_of(locals_[feature], pooling[feature]) for feature in owned)
+        out_BW = locals_[0].new_empty(bags, width, dtype=dtype)
         lookups: list[_Lookup] = []
         saved: list[torch.Tensor] = []
         column = 0
         for feature in owned:
             table, local, how = tables[feature], locals_[feature], pooling[feature]
             block = table.block if isinstance(table, ShardedTable) else None
+            local = _columns(local, block, how)
             kept, pooled = _forward(local, block, ids[feature], offsets[feature], weights[feature], how)
             if len(owned) == 1:
                 out_BW = pooled.to(dtype)
@@ -156,6 +158,26 @@ def _forward(
     return [ids, offsets, *rest, weights, local], pooled
 
 
+def _columns(local: torch.Tensor, block: Block | None, how: Pooling) -> torch.Tensor:
+    """Return the columns that a lookup gives, as a view; a rank holds at least these."""
+    if how.columns is None:
+        return local
+    first = 0 if block is None else block.columns[0]
+    return local[:, how.columns[0] - first : how.columns[1] - first]
+
+
+def _widened(gradient: torch.Tensor, width: int, first: int) -> torch.Tensor:
+    """Return the gradient of columns from ``first`` on as one of ``width`` columns, zero elsewhere."""
+    values = gradient._values() if gradient.layout == torch.sparse_coo else gradient
+    padded = torch.nn.functional.pad(values, (first, width - first - values.shape[1]))
+    if gradient.layout != torch.sparse_coo:
+        return padded
+    return torch.sparse_coo_tensor(
+        gradient._indices(), padded, (gradient.shape[0], width), is_coalesced=gradient.is_coalesced(),
+        check_invariants=False,
+    )  # fmt: skip
+
+
 def _shift(block: Block, how: Pooling) -> int:
     """Return how much larger an id in flat rows is than in this rank's rows; a lookup stays inside one row range."""
     first = block.rows[0][0] if how.field_rows is None else how.field_rows[0]
@@ -170,16 +192,17 @@ def _padding_row(block: Block | None, how: Pooling) -> int:
     return block.local_row(row) if any(first <= row < end for first, end in block.rows) else -1
 
 
-def _fields(pooling: tuple[Pooling, ...], tables: Sequence[Any]) -> list[tuple[int, int] | None]:
-    """Return for each field which lookup it is a part of: table and how often the field was read before."""
-    seen: Counter[tuple[int, tuple[int, int]]] = Counter()
-    found: list[tuple[int, int] | None] = []
+def _fields(pooling: tuple[Pooling, ...], tables: Sequence[Any]) -> list[Any]:
+    """Return for each field which lookup it is a part of: table, columns, how often the field was read before."""
+    seen: Counter[Any] = Counter()
+    found: list[Any] = []
     for how, table in zip(pooling, tables, strict=True):
         if how.field_rows is None:
             found.append(None)
             continue
-        found.append((id(table), seen[id(table), how.field_rows]))
-        seen[id(table), how.field_rows] += 1
+        key = (id(table), how.columns, how.field_rows)
+        found.append((id(table), how.columns, seen[key]))
+        seen[key] += 1
     return found
 
 
@@ -210,6 +233,9 @@ def _table_gradient(grad: torch.Tensor, lookup: _Lookup, saved: Sequence[torch.T
         )  # fmt: skip
         if how.mode == "max" and padding >= 0:
             local[padding] = 0  # the operator leaves padding rows out of sums and means alone
+    if how.columns is not None:
+        first, end = (0, lookup.shape[1]) if lookup.block is None else lookup.block.columns
+        local = _widened(local, end - first, how.columns[0] - first)
     return local if lookup.block is None else _flat_gradient(local, lookup.shape, lookup.block)
 
 

@@ -25,6 +25,7 @@ class Pooling(NamedTuple):
         scale_grad_by_freq: the gradient of a row is divided by how often its id occurs in this lookup.
         field_rows: (first, end) of the table's rows that this lookup may read; ``None`` for all.
         last_offset: the offsets end in the end of the last bag (``include_last_offset``).
+        columns: (first, end) of the table's columns that this lookup gives; ``None`` for all.
     """
 
     mode: str
@@ -36,6 +37,12 @@ class Pooling(NamedTuple):
     scale_grad_by_freq: bool = False
     field_rows: tuple[int, int] | None = None
     last_offset: bool = False
+    columns: tuple[int, int] | None = None
+
+
+def width_of(table: torch.Tensor, how: Pooling) -> int:
+    """Return how many columns a lookup gives."""
+    return table.shape[1] if how.columns is None else how.columns[1] - how.columns[0]
 
 
 def batched_lookup(
@@ -65,6 +72,7 @@ def batched_lookup(
 def _lookup(
     table: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor | None, how: Pooling, weights: torch.Tensor | None
 ) -> torch.Tensor:
+    table = table if how.columns is None else table[:, slice(*how.columns)]
     if offsets is None:
         return F.embedding(ids, table, how.padding_idx, how.max_norm, how.norm_type, how.scale_grad_by_freq, how.sparse)
     if how.padding_counts and how.padding_idx is not None:  # rows as they are, without the padding row's gradient

@@ -41,14 +41,16 @@ def optimizers(kind: str, model: DLRM) -> list[torch.optim.Optimizer]:
     return [makers[kind]()]
 
 
-def train(rank: int, kind: str, sparse: bool, topology: str, built_after: bool, clip: float | None) -> dict[str, Any]:
+def train(
+    rank: int, kind: str, sparse: bool, topology: str, built_after: bool, clip: float | None, **options: Any
+) -> dict[str, Any]:
     """Train five steps beside the flat model on the concatenated batch; return errors and memory on rank 0."""
     world = dist.get_world_size()
     torch.manual_seed(rank)  # rank 0's initial values must win
     model = DLRM(sparse=sparse)
     torch.manual_seed(0)
     flat = DLRM(sparse=sparse)
-    step_model = compiled(model, topology=topology)
+    step_model = compiled(model, topology=topology, **options)
     flat_optimizers = optimizers(kind, flat)
     own = [] if built_after else optimizers(kind, model)
     generator = torch.Generator().manual_seed(5)
@@ -89,14 +91,14 @@ def train(rank: int, kind: str, sparse: bool, topology: str, built_after: bool, 
     return result
 
 
-def train_every_lookup(rank: int, topology: str, built_after: bool) -> dict[str, Any]:
+def train_every_lookup(rank: int, topology: str, built_after: bool, **options: Any) -> dict[str, Any]:
     """Train a model of lookups of every kind beside the flat one, each rank's loss weighing 1 / ranks."""
     world = dist.get_world_size()
     torch.manual_seed(rank)  # rank 0's initial values must win
     model = Mixture()
     torch.manual_seed(0)
     flat = Mixture()
-    step_model = compiled(model, topology=topology)
+    step_model = compiled(model, topology=topology, **options)
     theirs = torch.optim.Adagrad(flat.parameters(), 0.1)
     mine = None if built_after else torch.optim.Adagrad(model.parameters(), 0.1)
     generator = torch.Generator().manual_seed(5)
@@ -191,7 +193,7 @@ def gradient_difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
         return 0.0
     if isinstance(mine.grad, ShardedTable):
         return difference(mine.grad.local, block.cut(expected))
-    return difference(mine.grad.to_dense(), expected)
+    return difference(block.cut(mine.grad.to_dense()), block.cut(expected))
 
 
 def clip_flat(model: nn.Module, clip: float) -> torch.Tensor:

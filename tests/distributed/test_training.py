@@ -10,6 +10,7 @@ import torch
 
 from tests._tolerances import FORWARD, GRADIENT
 from tests.distributed import scenarios
+from tests.passes.test_split_columns import PIECES
 from tests.ranks import run_ranks, values
 
 LONGEST_SUM = 64  # ids of one row in a global batch, and the widest layer
@@ -49,6 +50,42 @@ def test_lookups_of_every_kind_train_as_the_flat_model_s(topology: str, built_af
         assert result["evaluation"] <= FORWARD[torch.float32] * LONGEST_SUM**0.5
         assert result["gradient"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
         assert result["graphs"] == 2
+    assert results[0]["weights"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
+
+
+DLRM_PIECES = [
+    ["emb.0[:, 0:4]", "emb.1[:, 4:8]"],
+    ["emb.0[:, 4:8]", "emb.2"],
+    ["emb.3[:, 2:8]", "emb.1[:, 0:4]"],
+    ["emb.3[:, 0:2]", "emb.4"],
+]
+# Rank 3 holds the columns between its pieces of emb.3 as well, which it never reads: their gradient is 0.
+WITH_A_GAP = [*DLRM_PIECES[:2], ["emb.3[:, 2:6]", "emb.1[:, 0:4]"], ["emb.3[:, 0:2]", "emb.3[:, 6:8]", "emb.4"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sparse", "clip", "options", "compared"),
+    [
+        ("adagrad", False, 0.5, {"partition": DLRM_PIECES}, ("gradient", "norm", "weights")),
+        ("sparse_adam", True, None, {"partition": WITH_A_GAP}, ("weights",)),
+        ("adam", False, None, {"towers": 8, "split_columns": True}, ("weights",)),
+    ],
+)
+def test_column_pieces_train_as_the_flat_model(
+    kind: str, sparse: bool, clip: float | None, options: dict[str, Any], compared: tuple[str, ...]
+) -> None:
+    results = values(run_ranks(partial(scenarios.train, **options), 4, kind, sparse, "4x1", False, clip))
+    for result in results:
+        assert result["output"] <= FORWARD[torch.float32] * LONGEST_SUM**0.5
+        for name in compared:
+            assert result[name] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5, name
+
+
+def test_pieces_of_every_lookup_train_as_the_flat_model_s() -> None:
+    results = values(run_ranks(partial(scenarios.train_every_lookup, partition=PIECES), 4, "4x1", False))
+    for result in results:
+        assert max(result["output"], result["evaluation"]) <= FORWARD[torch.float32] * LONGEST_SUM**0.5
+        assert result["gradient"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
     assert results[0]["weights"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
 
 

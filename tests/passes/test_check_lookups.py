@@ -12,6 +12,7 @@ from dmt_compile.errors import BatchError
 from dmt_compile.ir import ops
 from dmt_compile.ir.embedding_graph import EmbeddingGraph, Feature
 from dmt_compile.ir.pass_base import calls
+from dmt_compile.plan import parameter_of
 from tests.passes._harness import Captured, Lookups, assert_compiled_is_eager, bags, capture, dense, dlrm, fields
 
 
@@ -28,7 +29,9 @@ def test_tables_and_features_are_named() -> None:
     report = graph.advance("check_lookups")
     assert (report.changed, report.matched, report.skipped) == (True, 3, ())
     found = graph.ctx.embedding_graph
-    assert [(t.name, t.parameter_name, t.first_row, t.rows, t.dim, t.dtype) for t in found.tables] == [
+    assert [
+        (t.name, t.parameter_name, parameter_of(t.name).first_row, t.rows, t.dim, t.dtype) for t in found.tables
+    ] == [
         ("emb.0", "emb.0", 0, 6, 8, torch.float32),
         ("emb.1", "emb.1", 0, 5, 8, torch.float32),
         ("emb.2", "emb.2", 0, 4, 8, torch.float32),
@@ -70,7 +73,7 @@ def test_fields_are_named_by_their_rows() -> None:
     graph = fields()
     graph.advance("check_lookups")
     found = graph.ctx.embedding_graph
-    assert [(t.name, t.parameter_name, t.first_row, t.rows) for t in found.tables] == [
+    assert [(t.name, t.parameter_name, parameter_of(t.name).first_row, t.rows) for t in found.tables] == [
         ("fields[0:7]", "fields", 0, 7),
         ("fields[7:12]", "fields", 7, 5),
         ("fields[12:21]", "fields", 12, 9),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_compile.errors import CheckpointError, DmtError, PlanError, UnsupportedGraphError
+from dmt_compile.errors import CheckpointError, DmtError, UnsupportedGraphError
 from dmt_compile.ir.embedding_graph import Table
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.runtime.sharding import block_of, shard_tables
@@ -213,11 +213,7 @@ def found(tables: Mapping[str, nn.Parameter]) -> list[Table]:
 
 def found_fields(parameter: nn.Parameter) -> list[Table]:
     """Return the tables of one parameter's fields."""
-    firsts = 0, 3, 10
-    return [
-        Table(spec.name, "emb", spec.rows, DIM, parameter.dtype, parameter, first)
-        for spec, first in zip(FIELDS.tables, firsts, strict=True)
-    ]
+    return [Table(spec.name, "emb", spec.rows, DIM, parameter.dtype, parameter) for spec in FIELDS.tables]
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
@@ -247,7 +243,7 @@ def test_sharding_cuts_parameters_gradients_and_optimizer_state_down_to_what_a_r
     elements = {"mine": (ROWS * DIM, 0), "theirs": (0, ROWS * DIM), "ours": (8 * DIM, 4 * DIM)}
     for piece in found(tables):
         name, table = piece.name, tables[piece.name]
-        block = block_of(PLAN, [piece], rank, None)
+        block = block_of(PLAN, piece, rank, None)
         assert id(table) == identities[name]
         assert table.block.model == "the model"
         assert_is_block_of(table, flat[name], block)
@@ -280,7 +276,7 @@ def test_the_fields_of_a_parameter_are_one_block_of_several_ranges(rank: int) ->
         optimizer.step()
     world = OneOfTwo(rank)
     block = FIELD_BLOCKS[rank]
-    assert block_of(FIELDS, found_fields(parameter), rank, None) == block
+    assert block_of(FIELDS, found_fields(parameter)[0], rank, None) == block
     shard_tables(found_fields(parameter), FIELDS, cast(Any, world), model="the model")
     assert world.moved == [(0, 1, (3, DIM)), (0, 1, (2, DIM))]
     assert isinstance(parameter, ShardedTable)
@@ -324,25 +320,22 @@ def test_a_sparse_gradient_keeps_the_rows_that_its_rank_owns(rank: int) -> None:
     assert_is_block_of(parameter, flat, FIELD_BLOCKS[rank])
 
 
-def test_fields_of_other_columns_on_one_rank_are_refused() -> None:
-    parameter = nn.Parameter(torch.zeros(ROWS, DIM))
+def test_fields_of_other_columns_on_one_rank_share_a_block_of_all_of_them() -> None:
+    table = found_fields(nn.Parameter(torch.zeros(ROWS, DIM)))[0]
     halves = {
         "emb[0:3]": (Shard(0, (0, 3), (0, 2)), Shard(1, (0, 3), (2, DIM))),
         "emb[3:10]": (Shard(0, (0, 7), (0, DIM)),),
         "emb[10:12]": (Shard(1, (0, 2), (2, DIM)), Shard(0, (0, 2), (0, 2))),
     }
     plan = replace(FIELDS, placements=halves)
-    with pytest.raises(
-        PlanError, match=r"sharding: expected one column range of emb on rank 0, found \[\(0, 2\), \(0, 6\)\]"
-    ):
-        block_of(plan, found_fields(parameter), 0, None)
-    assert block_of(plan, found_fields(parameter), 1, None) == Block("emb", ((0, 3), (10, 12)), (2, DIM))
+    assert block_of(plan, table, 0, None) == Block("emb", ((0, 3), (3, 10), (10, 12)), (0, DIM))
+    assert block_of(plan, table, 1, None) == Block("emb", ((0, 3), (10, 12)), (2, DIM))
 
 
 def test_a_rank_that_owns_no_field_holds_no_row() -> None:
     plan = replace(FIELDS, placements={t.name: (Shard(0, (0, t.rows), (0, DIM)),) for t in FIELDS.tables})
     parameter = nn.Parameter(torch.zeros(ROWS, DIM))
-    assert block_of(plan, found_fields(parameter), 1, None).shape == (0, DIM)
+    assert block_of(plan, found_fields(parameter)[0], 1, None).shape == (0, DIM)
     whole = block_of(plan, found_fields(parameter), 0, None)
     assert torch.equal(whole.to_local(torch.arange(ROWS)), torch.arange(ROWS))
     assert torch.equal(whole.to_flat(torch.arange(ROWS)), torch.arange(ROWS))
