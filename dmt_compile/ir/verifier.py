@@ -59,7 +59,12 @@ RULES: tuple[Rule, ...] = (
     Rule("checked", Stage.FLAT, "Lookups read ids and offsets that were checked.", graph.checked),
     Rule("features", Stage.FLAT, "Each feature is looked up once, in its own table.", graph.features),
     Rule("groups", Stage.FLAT, "Lookups that are checked together have as many bags as each other.", graph.groups),
-    Rule("one-tower", Stage.TOWERED, "Every table belongs to exactly one tower.", graph.one_tower),
+    Rule(
+        "one-tower",
+        Stage.TOWERED,
+        "Every table, or else each piece of its columns, belongs to exactly one tower.",
+        graph.one_tower,
+    ),
     Rule("towers", Stage.TOWERED, "A Tower Module reads features of its own tower, and has one output.", graph.towers),
     Rule("placed", Stage.DISTRIBUTED, "Every table has the placement of the plan.", exchange.placed),
     Rule(

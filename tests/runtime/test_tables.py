@@ -336,7 +336,7 @@ def test_a_rank_that_owns_no_field_holds_no_row() -> None:
     plan = replace(FIELDS, placements={t.name: (Shard(0, (0, t.rows), (0, DIM)),) for t in FIELDS.tables})
     parameter = nn.Parameter(torch.zeros(ROWS, DIM))
     assert block_of(plan, found_fields(parameter)[0], 1, None).shape == (0, DIM)
-    whole = block_of(plan, found_fields(parameter), 0, None)
+    whole = block_of(plan, found_fields(parameter)[0], 0, None)
     assert torch.equal(whole.to_local(torch.arange(ROWS)), torch.arange(ROWS))
     assert torch.equal(whole.to_flat(torch.arange(ROWS)), torch.arange(ROWS))
 
