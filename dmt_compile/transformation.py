@@ -95,6 +95,7 @@ def transform(
         raise ConfigError(
             "transform: expected a plan with Tower Modules, found one without; make it with "
             "dmt_compile.plan(model, batch, topology, tower_module='dlrm')"
+            + "".join(f"; {note}" for note in plan.notes if note.startswith("no Tower Modules"))
         )
     bare = getattr(model, "_orig_mod", model)
     if hasattr(bare, NAME):
@@ -111,7 +112,10 @@ def transform(
         captured = _capture(bare, positional, dict(kwargs or {}), options, towers, mode)
         assert captured.ctx is not None
         towers = captured.ctx.towers
-        assert towers is not None
+        if towers is None:
+            raise UnsupportedGraphError(
+                f"transform: expected a model that Tower Modules fit, found that {_why(captured.ctx)}"
+            )
         source, function = _write(bare, captured, mode)
         result._sources[mode], result._forwards[mode] = source, function
         result.dmt_plan = captured.ctx.plan if captured.ctx.plan is not None else plan
@@ -122,6 +126,11 @@ def transform(
         if name:
             result.get_submodule(name).training = module.training
     return result
+
+
+def _why(ctx: PassContext) -> str:
+    refused = [f"{u.reason} ({u.source_line})" for u in ctx.embedding_graph.unmatched if "Tower Modules" in u.reason]
+    return "; ".join(refused) or "it has no table"
 
 
 # ------------------------------------------------------------------------------------------------------------- capture
