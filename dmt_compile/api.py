@@ -152,6 +152,7 @@ class _CaptureSession(Session):
     def __init__(self, options: Options, until: Stage) -> None:
         self.options = options
         self.until = until
+        self.inline_towers = until is not Stage.TOWERED  # a plan needs their widths alone
         ranks = world_size() if options.topology == "auto" else 0
         self.topology = options.resolve_topology(ranks) if ranks else Topology.parse(options.topology)
         self.ran = False

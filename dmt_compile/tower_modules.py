@@ -96,8 +96,8 @@ class DLRMTower(nn.Module):
         if self.even:
             sent += [layer(embs).flatten(1) for layer in self.each.values()]
         elif self.each:
-            columns = zip(self.widths, embs.split(list(self.widths), dim=1), strict=True)
-            sent += [self.each[str(width)](part) for width, part in columns]
+            columns = embs.split(list(self.widths), dim=1)  # indexed: torch.fx cannot iterate over what it traces
+            sent += [self.each[str(width)](columns[index]) for index, width in enumerate(self.widths)]
         return torch.cat(sent, dim=1)
 
 

@@ -94,6 +94,7 @@ def transform(
         raise ConfigError(
             "transform: expected a plan with Tower Modules, found one without; make it with "
             "dmt_compile.plan(model, batch, topology, tower_module='dlrm')"
+            + "".join(f"; {note}" for note in plan.notes if note.startswith("no Tower Modules"))
         )
     bare = getattr(model, "_orig_mod", model)
     if hasattr(bare, NAME):
