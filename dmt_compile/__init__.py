@@ -17,6 +17,8 @@ from dmt_compile.errors import (
     VerifyError,
 )
 from dmt_compile.inspection.certificate import Certificate, Quantity
+from dmt_compile.partition.interaction import InteractionMatrix
+from dmt_compile.partition.measure import interactions
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.runtime.clipping import clip_grad_norm_
 from dmt_compile.runtime.simulated_world import SimulatedWorld
@@ -34,6 +36,7 @@ __all__ = [
     "ConfigError",
     "DmtError",
     "Explanation",
+    "InteractionMatrix",
     "PlanError",
     "Quantity",
     "Shard",
@@ -49,6 +52,7 @@ __all__ = [
     "clip_grad_norm_",
     "explain",
     "full_state_dict",
+    "interactions",
     "plan",
     "transform",
 ]

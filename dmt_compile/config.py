@@ -8,12 +8,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
+
 from dmt_compile.errors import ConfigError
+from dmt_compile.partition.assign import STRATEGIES
+from dmt_compile.partition.interaction import InteractionMatrix, read_interactions
 from dmt_compile.plan import TowerModules, TowerPlan
 from dmt_compile.topology import Topology
 from dmt_compile.tower_modules import KINDS
 
-PARTITIONS = ("balanced", "strided")
+PARTITIONS = ("balanced", "strided", *STRATEGIES)
 DENSE_COMPILERS = ("inductor", "aot_eager", "eager")
 
 
@@ -31,13 +35,20 @@ class Options:
         topology: ``"auto"`` (from the process group and ``LOCAL_WORLD_SIZE``), ``"<hosts>x<local ranks>"`` or a
             :class:`Topology`.
         towers: ``"host"`` (one per host) or a number of towers that divides, or is a multiple of, the hosts.
-        partition: ``"balanced"`` (bytes moved and memory), ``"strided"`` (table ``i`` to tower ``i % towers``), or an
-            explicit list of lists of table names, one list a tower.
+        partition: ``"balanced"`` (bytes moved and memory), ``"strided"`` (table ``i`` to tower ``i % towers``),
+            ``"coherent"`` (tables that interact into one tower) or ``"diverse"`` (into different ones), or an explicit
+            list of lists of table names, one list a tower.
+        interactions: of the features, for ``"coherent"`` and ``"diverse"``: what :func:`dmt_compile.interactions`
+            returned, the path of such a saved matrix, or a networkx graph of features with edge weights from 0 to 1.
+        max_imbalance: the most bytes moved, weights and rows read of a ``"coherent"`` or ``"diverse"`` tower, relative
+            to the mean tower; ``None`` is 1.1 wherever the tables allow it, a number must be kept.
+        memory_bytes: the most bytes of weights on a rank.
         tower_module: what compresses each tower before its embeddings cross hosts, which changes the model: ``None``, a
             kind of :mod:`dmt_compile.tower_modules` (``"dlrm"``, ``"dcn"``, ...), or a callable
             ``(tower: TowerSpec) -> nn.Module``.
         tower_module_options: of that kind, such as ``{"c": 1, "p": 0, "dim": 64}``.
-        seed: of the Tower Modules' initial values, and those of the layers that get another size.
+        seed: of the Tower Modules' initial values, and those of the layers that get another size; of the search for
+            ``"coherent"`` and ``"diverse"`` towers.
         dense_compiler: what compiles the dense regions: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         check_ids: check every id against its table's rows before it is used.
         strict: an unsupported region is an error, not a fallback.
@@ -55,6 +66,9 @@ class Options:
     topology: Topology | str = "auto"
     towers: int | str = "host"
     partition: str | Sequence[Sequence[str]] = "balanced"
+    interactions: InteractionMatrix | nx.Graph[Any] | str | Path | None = None
+    max_imbalance: float | None = None
+    memory_bytes: int | None = None
     tower_module: str | Callable[..., Any] | None = None
     tower_module_options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -83,6 +97,7 @@ class Options:
                 )
         else:
             self._check_explicit(self.partition)
+        self._check_planner()
         self._check_tower_module()
         if self.dense_compiler not in DENSE_COMPILERS:
             raise ConfigError(
@@ -112,6 +127,33 @@ class Options:
                 "options: expected either 'towers' or an explicit 'partition', found both; "
                 "the number of lists is the number of towers, drop 'towers'"
             )
+
+    def _check_planner(self) -> None:
+        by_interaction = self.partition in STRATEGIES
+        if by_interaction and self.interactions is None:
+            raise ConfigError(
+                f"options: expected 'interactions' beside 'partition' {self.partition!r}, found none; measure them on "
+                "the trained flat model with dmt_compile.interactions(model, batches) and pass the result, or the path "
+                "that its save() wrote"
+            )
+        if not isinstance(self.interactions, InteractionMatrix | nx.Graph | str | Path | None):
+            raise ConfigError(
+                "options: expected an InteractionMatrix, a networkx graph or a path for 'interactions', found "
+                f"{self.interactions!r}"
+            )
+        for name in ("interactions", "max_imbalance"):
+            if getattr(self, name) is not None and not by_interaction:
+                raise ConfigError(
+                    f"options: expected 'partition' 'coherent' or 'diverse' beside {name!r}, found "
+                    f"{self.partition!r}; set it, or drop {name!r}"
+                )
+        limit, memory = self.max_imbalance, self.memory_bytes
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1):
+            raise ConfigError(f"options: expected a number of at least 1 for 'max_imbalance', found {limit!r}")
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
+            raise ConfigError(f"options: expected bytes above 0 for 'memory_bytes', found {memory!r}")
+        if self.plan is not None and memory is not None:
+            raise ConfigError("options: expected 'plan' alone, found it beside 'memory_bytes'; drop one of them")
 
     def _check_tower_module(self) -> None:
         if isinstance(self.tower_module, str):
@@ -189,6 +231,21 @@ class Options:
                 "run all of its ranks in this process"
             )
         return topology
+
+    def planner(self) -> dict[str, Any]:
+        """What :func:`dmt_compile.partition.assign.make_plan` is told, but for the partition.
+
+        Raises:
+            ConfigError: the interactions cannot be read.
+        """
+        given = self.interactions
+        return {
+            "towers": self.towers,
+            "interactions": None if given is None else read_interactions(given),
+            "max_imbalance": self.max_imbalance,
+            "memory_bytes": self.memory_bytes,
+            "seed": self.seed,
+        }
 
     def resolve_plan(self) -> TowerPlan | None:
         """The plan that the user gave, loaded where it is a path."""

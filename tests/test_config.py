@@ -8,7 +8,7 @@ import pytest
 
 from dmt_compile.config import DENSE_COMPILERS, PARTITIONS, Options
 from dmt_compile.errors import ConfigError, PlanError
-from dmt_compile.partition.assign import make_plan
+from dmt_compile.partition.assign import STRATEGIES, make_plan
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.topology import Topology
 
@@ -36,7 +36,10 @@ def test_no_options_are_the_defaults() -> None:
         {"dump_dir": "dump"},
         {"dump_dir": Path("dump")},
         {"plan": "plan.json"},
-        *({"partition": name} for name in PARTITIONS),
+        *({"partition": name} for name in PARTITIONS if name not in STRATEGIES),
+        *({"partition": name, "interactions": "interactions.json"} for name in STRATEGIES),
+        {"partition": "diverse", "interactions": Path("interactions.json"), "max_imbalance": 1.5},
+        {"partition": "strided", "memory_bytes": 1 << 30},
         *({"dense_compiler": name} for name in DENSE_COMPILERS),
     ],
 )
@@ -51,6 +54,30 @@ def test_valid_values_are_kept(values: dict[str, Any]) -> None:
         ({"topolgy": "2x2"}, "options: expected a known option, found 'topolgy'; did you mean 'topology'?"),
         ({"tower": 2}, "options: expected a known option, found 'tower'; did you mean 'towers'?"),
         ({"zzz": 1}, "options: expected a known option, found 'zzz'; valid are 'plan', 'topology', 'towers', "),
+        (
+            {"partition": "coherent"},
+            "options: expected 'interactions' beside 'partition' 'coherent', found none; measure them on the trained "
+            "flat model with dmt_compile.interactions(model, batches) and pass the result",
+        ),
+        ({"partition": "coherant"}, "found 'coherant'; did you mean 'coherent'?"),
+        (
+            {"interactions": "m.json"},
+            "expected 'partition' 'coherent' or 'diverse' beside 'interactions', found 'balanced'",
+        ),
+        (
+            {"max_imbalance": 1.2},
+            "expected 'partition' 'coherent' or 'diverse' beside 'max_imbalance', found 'balanced'",
+        ),
+        (
+            {"partition": "coherent", "interactions": 3},
+            "options: expected an InteractionMatrix, a networkx graph or a path for 'interactions', found 3",
+        ),
+        (
+            {"partition": "coherent", "interactions": "m.json", "max_imbalance": 0.9},
+            "options: expected a number of at least 1 for 'max_imbalance', found 0.9",
+        ),
+        ({"memory_bytes": 0}, "options: expected bytes above 0 for 'memory_bytes', found 0"),
+        ({"plan": "plan.json", "memory_bytes": 5}, "expected 'plan' alone, found it beside 'memory_bytes'"),
         ({"topology": 4}, "options: expected text or a Topology for 'topology', found 4"),
         ({"topology": "2-4"}, "topology: expected '<hosts>x<local ranks>' such as '2x4', found '2-4'"),
         ({"towers": 0}, "options: expected 'host' or a positive number for 'towers', found 0"),

@@ -5,15 +5,21 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
 
 from dmt_compile.errors import ConfigError, PlanError
+from dmt_compile.partition.affinity import group_by_interaction, targets
 from dmt_compile.partition.balance import balance, imbalance
+from dmt_compile.partition.interaction import InteractionMatrix, inside_share
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.topology import Topology
 
 # With more tables the quicker searches come close to an even plan, and every tower would run its own integer program.
 EXACT_MAX_TABLES = 200
+# What a tower may hold of load, memory and rows read, relative to the mean, wherever that is possible.
+MAX_IMBALANCE = 1.1
+STRATEGIES = ("coherent", "diverse")
 
 
 def make_plan(
@@ -22,6 +28,10 @@ def make_plan(
     *,
     towers: int | str = "host",
     partition: str | Sequence[Sequence[str]] = "balanced",
+    interactions: InteractionMatrix | None = None,
+    max_imbalance: float | None = None,
+    memory_bytes: int | None = None,
+    seed: int = 0,
 ) -> TowerPlan:
     """Assign every table to one tower and one rank; the same arguments give the same plan.
 
@@ -31,23 +41,37 @@ def make_plan(
         towers: ``"host"`` (one per host), a multiple of the hosts (several towers share all ranks of a host), or a
             divisor of them (a tower spans neighbouring hosts). Not read where ``partition`` is explicit.
         partition: ``"balanced"`` evens out bytes moved and memory over towers, then over ranks; ``"strided"`` puts
-            table ``i`` into tower ``i % towers`` and a tower's tables on its ranks in turn; a list of table names per
-            tower is taken as it is, and evened out over ranks.
+            table ``i`` into tower ``i % towers`` and a tower's tables on its ranks in turn; ``"coherent"`` puts tables
+            that interact into one tower, ``"diverse"`` into different ones, within ``max_imbalance``; a list of table
+            names per tower is taken as it is. All but ``"strided"`` even out a tower's tables over its ranks.
+        interactions: of the tables, for ``"coherent"`` and ``"diverse"``.
+        max_imbalance: the most bytes moved, weights and rows read of a ``"coherent"`` or ``"diverse"`` tower, relative
+            to the mean tower. ``None`` is 1.1, or what can be reached where tables do not allow that; a number must
+            be kept.
+        memory_bytes: the most bytes of weights on a rank.
+        seed: of the search for ``"coherent"`` and ``"diverse"`` towers.
 
     Returns:
         A plan with one shard per table. A tower or a rank may hold no table.
 
     Raises:
-        ConfigError: the number of towers does not fit the number of hosts.
-        PlanError: an explicit partition names an unknown table, omits one, or repeats one.
+        ConfigError: the number of towers does not fit the number of hosts, or interactions are missing.
+        PlanError: an explicit partition names an unknown table, omits one, or repeats one; a bound cannot be kept.
 
     Source: section 3 of the DMT paper; ``"strided"`` is its naive assignment.
     """
     explicit, exact = not isinstance(partition, str), len(tables) <= EXACT_MAX_TABLES
     number = len(partition) if explicit else topology.hosts if towers == "host" else int(towers)
     _check_number(number, topology.hosts)
+    if memory_bytes is not None:
+        _check_memory(tables, topology, memory_bytes)
+    why: tuple[str, ...] = ()
     if isinstance(partition, str):
-        bins = _strided(len(tables), number) if partition == "strided" else _balanced(tables, number, exact)
+        if partition in STRATEGIES:
+            bound = Bound(max_imbalance, None if memory_bytes is None else memory_bytes * topology.world_size // number)
+            bins, why = _interacting(tables, number, partition, interactions, bound, seed, exact)
+        else:
+            bins = _strided(len(tables), number) if partition == "strided" else _balanced(tables, number, exact)
         members = [[table for table, bin_ in zip(tables, bins, strict=True) if bin_ == k] for k in range(number)]
     else:
         members = _explicit(tables, partition)
@@ -61,15 +85,17 @@ def make_plan(
             placed = [pair for tower in here for pair in zip(tower, _strided(len(tower), ranks), strict=True)]
         else:
             together = [table for tower in here for table in tower]
-            placed = list(zip(together, _balanced(together, ranks, exact), strict=True))
+            placed = list(zip(together, _on_ranks(together, ranks, exact, memory_bytes), strict=True))
         owners |= {table.name: group * ranks + local_rank for table, local_rank in placed}
+    if memory_bytes is not None:
+        _check_ranks(tables, owners, topology.world_size, memory_bytes)
     return TowerPlan(
         topology=topology,
         tables=tuple(tables),
         towers=tuple(_tower(k, members[k], k * groups // number, hosts_per_group) for k in range(number)),
         placements={t.name: (Shard(owners[t.name], (0, t.rows), (0, t.dim)),) for t in tables},
         partition="explicit" if explicit else str(partition),
-        notes=_notes(tables, topology.world_size, members, owners),
+        notes=(*why, *_notes(tables, topology.world_size, members, owners)),
     )
 
 
@@ -98,14 +124,149 @@ def _check_number(number: int, hosts: int) -> None:
     )
 
 
-def _loads(tables: Sequence[TableSpec]) -> tuple[list[float], list[float]]:
+def _loads(tables: Sequence[TableSpec]) -> list[list[float]]:
     """Bytes that one sample moves for each table, and bytes of its weights."""
     moved = [table.output_bytes_per_sample + table.id_bytes_per_sample for table in tables]
-    return moved, [float(table.memory_bytes) for table in tables]
+    return [moved, [float(table.memory_bytes) for table in tables]]
 
 
 def _balanced(tables: Sequence[TableSpec], bins: int, exact: bool) -> list[int]:
-    return balance(*_loads(tables), bins, exact)
+    return balance(_loads(tables), bins, exact)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a tower may hold: the user's imbalance, ``None`` for what can be reached, and bytes of weights."""
+
+    imbalance: float | None
+    memory_bytes: int | None
+
+
+def _interacting(
+    tables: Sequence[TableSpec],
+    number: int,
+    strategy: str,
+    interactions: InteractionMatrix | None,
+    bound: Bound,
+    seed: int,
+    exact: bool,
+) -> tuple[list[int], tuple[str, ...]]:
+    """Return the tower of each table, and why it is there."""
+    if interactions is None:
+        raise ConfigError(
+            f"partition: expected 'interactions' for {strategy!r} towers, found none; measure them on a trained model "
+            "with dmt_compile.interactions(model, batches)"
+        )
+    if not tables:
+        return [], ()
+    matrix = interactions.of_tables([table.name for table in tables])
+    moved, memory = _loads(tables)
+    resources = [moved, memory, [table.features * table.bags * table.pooling for table in tables]]
+    limits = targets(resources, number, bound.imbalance or MAX_IMBALANCE)
+    if bound.memory_bytes is not None:
+        limits[1] = min(limits[1], bound.memory_bytes * number / max(sum(memory), 1))
+    start = balance(resources, number, exact)
+    bins = group_by_interaction(matrix, resources, number, strategy=strategy, bounds=limits, start=start, seed=seed)
+    peaks = imbalance(resources, bins, number)
+    _check_towers(tables, resources, peaks, number, bound)
+    share, strided = inside_share(matrix, bins), inside_share(matrix, _strided(len(tables), number))
+    measured = f"{interactions.signal} interaction" + (
+        f" over {interactions.samples:,} samples" if interactions.samples else ""
+    )
+    limit = bound.imbalance or MAX_IMBALANCE
+    over = [
+        f"no more even for {what}: table {tables[needs.index(max(needs))].name} alone has "
+        f"{max(needs) * number / sum(needs):.2f}x the mean tower"
+        for what, needs, peak in zip(_RESOURCES, resources, peaks, strict=True)
+        if peak > limit + 1e-6
+    ]
+    return bins, (
+        f"{strategy} towers by {measured}: {share:.1%} of it is inside towers, {strided:.1%} with strided ones",
+        f"within {limit:.2f}x the mean tower where possible: bytes moved {peaks[0]:.2f}x, weights {peaks[1]:.2f}x, "
+        f"rows read {peaks[2]:.2f}x",
+        *over,
+    )
+
+
+_RESOURCES = ("bytes moved", "weights", "rows read")
+
+
+def _check_towers(
+    tables: Sequence[TableSpec],
+    resources: Sequence[Sequence[float]],
+    peaks: Sequence[float],
+    number: int,
+    bound: Bound,
+) -> None:
+    """Hold towers to the bounds that the user gave.
+
+    Raises:
+        PlanError: names the table that needs most, and the bound.
+    """
+    limits: list[tuple[int, float, str]] = []
+    if bound.imbalance is not None:
+        limits += [(r, bound.imbalance, f"max_imbalance {bound.imbalance}") for r in range(len(resources))]
+    if bound.memory_bytes is not None:
+        share = bound.memory_bytes * number / max(sum(resources[1]), 1)
+        limits.append((1, share, f"memory_bytes ({bound.memory_bytes:,} bytes a tower)"))
+    for r, limit, name in limits:
+        if peaks[r] > limit * (1 + 1e-6):
+            needs, mean = resources[r], sum(resources[r]) / number
+            largest = max(range(len(needs)), key=needs.__getitem__)
+            raise PlanError(
+                f"partition: expected towers of at most {limit:.2f}x the mean {_RESOURCES[r]} for {name}, found "
+                f"{peaks[r]:.2f}x at best; the largest table, {tables[largest].name}, alone takes "
+                f"{needs[largest] / mean:.2f}x: raise the bound or take fewer towers"
+            )
+
+
+def _check_memory(tables: Sequence[TableSpec], topology: Topology, memory_bytes: int) -> None:
+    """See that tables can fit ranks at all.
+
+    Raises:
+        PlanError: names the table that does not fit, or the sum.
+    """
+    for table in tables:
+        if table.memory_bytes > memory_bytes:
+            raise PlanError(
+                f"partition: expected tables of at most memory_bytes = {memory_bytes:,} bytes, found {table.name} of "
+                f"{table.memory_bytes:,}; raise the bound or make the table smaller"
+            )
+    total = sum(table.memory_bytes for table in tables)
+    if total > memory_bytes * topology.world_size:
+        largest = max(tables, key=lambda table: table.memory_bytes)
+        raise PlanError(
+            f"partition: expected tables of {memory_bytes * topology.world_size:,} bytes in all for memory_bytes = "
+            f"{memory_bytes:,} on {topology.world_size} ranks, found {total:,}, {largest.name} the largest; raise the "
+            "bound or take more ranks"
+        )
+
+
+def _on_ranks(tables: Sequence[TableSpec], ranks: int, exact: bool, memory_bytes: int | None) -> list[int]:
+    """Even tables out over the ranks of a tower; by memory alone where that is what keeps them to its bound."""
+    bins = _balanced(tables, ranks, exact)
+    memory = _loads(tables)[1]
+    if memory_bytes is None or not tables:
+        return bins
+    fits = max(imbalance([memory], bins, ranks)) * sum(memory) / ranks <= memory_bytes
+    return bins if fits else balance([memory], ranks, exact)
+
+
+def _check_ranks(tables: Sequence[TableSpec], owners: dict[str, int], ranks: int, memory_bytes: int) -> None:
+    """Hold ranks to their memory.
+
+    Raises:
+        PlanError: names the rank, its largest table and the bound.
+    """
+    for rank in range(ranks):
+        mine = [table for table in tables if owners[table.name] == rank]
+        total = sum(table.memory_bytes for table in mine)
+        if total > memory_bytes:
+            largest = max(mine, key=lambda table: table.memory_bytes)
+            raise PlanError(
+                f"partition: expected at most memory_bytes = {memory_bytes:,} bytes on each rank, found {total:,} on "
+                f"rank {rank}, {largest.name} the largest table there; raise the bound or choose other towers"
+            )
 
 
 def _strided(items: int, bins: int) -> list[int]:
@@ -141,14 +302,14 @@ def _notes(
     """Say how even the plan is, and why it is not more even."""
     if not tables:
         return ("the model has no embedding tables",)
-    loads, memories = _loads(tables)
+    loads, memories = resources = _loads(tables)
     tower_of = {table.name: k for k, tower in enumerate(members) for table in tower}
     notes = []
     for what, bins, assignment in (
         ("tower", len(members), [tower_of[t.name] for t in tables]),
         ("rank", ranks, [owners[t.name] for t in tables]),
     ):
-        load, memory = imbalance(loads, memories, assignment, bins)
+        load, memory = imbalance(resources, assignment, bins)
         empty = bins - len(set(assignment))
         without = f"; {empty} of {bins} {what}s hold no table" if empty else ""
         notes.append(f"largest {what} load {load:.2f}x the mean, memory {memory:.2f}x{without}")

@@ -1,10 +1,10 @@
-"""Spread items with two weights (load and memory) over equal bins, deterministically.
+"""Spread items with several weights (such as load and memory) over equal bins, deterministically.
 
 Searches run one after the other until one meets a bound, and the best assignment that any of them met is taken: greedy
 ones, pairwise exchanges from their results, and, for small problems that are still open, an integer program. Work is
 bounded by counts, never by time, so that every machine finds the same assignment.
 
-Shape suffixes: N items, B bins, R = 2 resources (load, memory).
+Shape suffixes: N items, B bins, R resources (such as load and memory).
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ MAX_EXCHANGES = 400
 MAX_CANDIDATES = 16, 256
 
 
-def balance(loads: Sequence[float], memories: Sequence[float], bins: int, exact: bool = True) -> list[int]:
+def balance(resources: Sequence[Sequence[float]], bins: int, exact: bool = True) -> list[int]:
     """Assign each item to a bin so that the largest bin is as small as found possible.
 
     Args:
-        loads: load of each item, any unit, not negative.
-        memories: memory of each item, any unit, not negative.
+        resources: per resource the need of each item, any unit, not negative.
         bins: number of bins, at least 1.
         exact: let an integer program try what the quicker searches leave open; tenths of a second.
 
     Returns:
-        The bin of each item; bins are numbered in the order of their first items. Of the two peaks that
-        :func:`imbalance` returns, the larger is minimised, then the other, then the spread over the bins.
+        The bin of each item; bins are numbered in the order of their first items. Of the peaks that
+        :func:`imbalance` returns, the largest is minimised, then their sum, then the spread over the bins.
     """
-    if bins == 1 or not loads:
-        return [0] * len(loads)
-    weights_NR = _relative_weights(loads, memories, bins)
-    bound = _lower_bound(weights_NR, bins)
-    found: list[Ints] = [np.arange(len(loads)) % bins]  # strided: so that the result is never worse
+    items = len(resources[0])
+    if bins == 1 or not items:
+        return [0] * items
+    weights_NR = relative_weights(resources, bins)
+    bound = max(lower_bounds(weights_NR, bins))
+    found: list[Ints] = [np.arange(items) % bins]  # strided: so that the result is never worse
     reached = np.inf
     for by_peak in (False, True):
         if reached > bound + RESOLUTION:
@@ -58,7 +58,7 @@ def balance(loads: Sequence[float], memories: Sequence[float], bins: int, exact:
             found.append(_exchange(weights_NR, found[-1], bins, squarings=2))
             found.append(_exchange(weights_NR, found[-1], bins, squarings=4))
             reached = min(_peak(weights_NR, assignment, bins) for assignment in found)
-    if exact and reached > bound + RESOLUTION and len(loads) * bins <= MILP_MAX_UNKNOWNS:
+    if exact and reached > bound + RESOLUTION and items * bins <= MILP_MAX_UNKNOWNS:
         solved = _integer_program(weights_NR, bins, bound, reached)
         found += [] if solved is None else [solved, _exchange(weights_NR, solved, bins, squarings=4)]
     best = min(found, key=lambda assignment: _key(weights_NR, assignment, bins)).tolist()
@@ -66,38 +66,35 @@ def balance(loads: Sequence[float], memories: Sequence[float], bins: int, exact:
     return [numbers[old] for old in best]
 
 
-def imbalance(
-    loads: Sequence[float], memories: Sequence[float], assignment: Sequence[int], bins: int
-) -> tuple[float, float]:
-    """Return the largest load and the largest memory of a bin, each relative to the mean over all bins.
+def imbalance(resources: Sequence[Sequence[float]], assignment: Sequence[int], bins: int) -> tuple[float, ...]:
+    """Return for each resource the most that a bin holds, relative to the mean over all bins.
 
     Args:
-        loads: load of each item, any unit.
-        memories: memory of each item, any unit.
+        resources: per resource the need of each item, any unit.
         assignment: the bin of each item.
         bins: number of bins.
 
     Returns:
-        (load, memory); 1 is perfect balance, 0 means that no item needs any.
+        One number a resource; 1 is perfect balance, 0 means that no item needs any.
     """
-    weights_NR = _relative_weights(loads, memories, bins)
-    load, memory = _totals(weights_NR, np.asarray(assignment, dtype=np.int64), bins).max(axis=0)
-    return float(load), float(memory)
+    weights_NR = relative_weights(resources, bins)
+    peaks_R = _totals(weights_NR, np.asarray(assignment, dtype=np.int64), bins).max(axis=0)
+    return tuple(float(peak) for peak in peaks_R)
 
 
-def _relative_weights(loads: Sequence[float], memories: Sequence[float], bins: int) -> Floats:
-    """Scale both resources so that the mean bin holds 1 of each."""
-    weights_NR = np.array([loads, memories], dtype=np.float64).T.reshape(-1, 2)
+def relative_weights(resources: Sequence[Sequence[float]], bins: int) -> Floats:
+    """Return what each item needs, (N, R), scaled so that the mean bin holds 1 of each resource."""
+    weights_NR = np.array(resources, dtype=np.float64).T.reshape(-1, len(resources))
     means_R = weights_NR.sum(axis=0) / bins
     return weights_NR / np.where(means_R > 0, means_R, 1)
 
 
 def _totals(weights_NR: Floats, assignment: Ints, bins: int) -> Floats:
-    return np.stack([np.bincount(assignment, weights_NR[:, r], bins) for r in range(2)], axis=1)
+    return np.stack([np.bincount(assignment, weights_NR[:, r], bins) for r in range(weights_NR.shape[1])], axis=1)
 
 
 def _key(weights_NR: Floats, assignment: Ints, bins: int) -> tuple[int, int, float]:
-    """Order assignments, the best first: by the larger peak, the sum of both peaks, the spread."""
+    """Order assignments, the best first: by the largest peak, the sum of the peaks, the spread."""
     totals_BR = _totals(weights_NR, assignment, bins)
     peaks_R = totals_BR.max(axis=0)
     spread = round(float((totals_BR**2).sum()), 9)
@@ -108,18 +105,18 @@ def _peak(weights_NR: Floats, assignment: Ints, bins: int) -> float:
     return float(_totals(weights_NR, assignment, bins).max())
 
 
-def _lower_bound(weights_NR: Floats, bins: int) -> float:
-    """Return a larger peak that no assignment can beat."""
-    bound = max(1.0, weights_NR.max())
+def lower_bounds(weights_NR: Floats, bins: int) -> list[float]:
+    """Return for each resource a largest bin that no assignment can beat, in units of the mean."""
+    bounds_R = np.maximum(weights_NR.max(axis=0, initial=0.0), 1.0)
     if len(weights_NR) > bins:  # two of the B + 1 largest items must share a bin
         largest_NR = np.sort(weights_NR, axis=0)[::-1]
-        bound = max(bound, (largest_NR[bins - 1] + largest_NR[bins]).max())
-    return float(bound)
+        bounds_R = np.maximum(bounds_R, largest_NR[bins - 1] + largest_NR[bins])
+    return [float(bound) for bound in bounds_R]
 
 
 def _greedy(weights_NR: Floats, bins: int, by_peak: bool) -> Ints:
     """Place the largest items first, each where the fuller resource stays lowest, or the sum of squares grows least."""
-    totals_BR = np.zeros((bins, 2))
+    totals_BR = np.zeros((bins, weights_NR.shape[1]))
     assignment = np.zeros(len(weights_NR), dtype=np.int64)
     for item in np.argsort(-weights_NR.max(axis=1), kind="stable"):
         cost_B = (totals_BR + weights_NR[item]).max(axis=1) if by_peak else totals_BR @ weights_NR[item]
@@ -161,7 +158,7 @@ def _improve(weights_NR: Floats, assignment: Ints, bins: int, bin_: int, squarin
     )
     other_bins = np.delete(np.arange(bins), bin_)
     # A move is a swap with an item of no weight.
-    partners_KR = np.concatenate([np.zeros((bins - 1, 2)), weights_NR[outside]])
+    partners_KR = np.concatenate([np.zeros((bins - 1, weights_NR.shape[1])), weights_NR[outside]])
     partner_bins_K = np.concatenate([other_bins, assignment[outside]])
     shifted_IKR = weights_NR[inside][:, None] - partners_KR
     totals_BR = _totals(weights_NR, assignment, bins)
@@ -192,14 +189,14 @@ def _integer_program(weights_NR: Floats, bins: int, bound: float, reached: float
     Returns:
         The bin of each item, or ``None`` where nothing better was found within the node limit.
 
-    Unknowns: x[i, b] = item i is in bin b; then the larger peak, which is minimised.
+    Unknowns: x[i, b] = item i is in bin b; then the largest peak, which is minimised.
     """
-    items = len(weights_NR)
+    items, resources = weights_NR.shape
     order = np.argsort(-weights_NR.max(axis=1), kind="stable")
     # Weights over ten orders of magnitude make HiGHS slow and inexact: count in whole units, ten to the resolution.
     units_NR = np.round(weights_NR[order] * MILP_UNITS)
     placed_once = hstack([kron(eye_array(items), np.ones((1, bins))), csr_array((items, 1))])
-    bin_totals = [hstack([kron(units_NR[:, r][None], eye_array(bins)), -np.ones((bins, 1))]) for r in range(2)]
+    bin_totals = [hstack([kron(units_NR[:, r][None], eye_array(bins)), -np.ones((bins, 1))]) for r in range(resources)]
     # Bins are alike, so item k may be kept to the first k + 1 of them: mirrored solutions are not searched again.
     allowed = np.tril(np.ones((items, bins))).ravel()
     solution = milp(

@@ -85,7 +85,7 @@ def plan_for(
         if not isinstance(partition, str):  # tables behind a graph break are planned with their own graph
             others = {table.name for table in elsewhere}
             partition = [[name for name in group if name not in others] for group in partition]
-        return make_plan(tables, topology, towers=options.towers, partition=partition)
+        return make_plan(tables, topology, partition=partition, **options.planner())
     if (given.topology.hosts, given.topology.local_ranks) != (topology.hosts, topology.local_ranks):
         raise PlanError(
             f"plan: expected a plan for topology {topology}, found one for {given.topology}; make it again with "
