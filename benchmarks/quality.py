@@ -13,6 +13,7 @@ not trained again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -23,17 +24,19 @@ import torch
 from quality_data import LOADERS, QualityData
 from quality_models import MODELS, SETTINGS, Settings
 from quality_report import report
-from quality_training import Score, Variant, flat_model, planning_batch, towered, train
+from quality_training import Score, Variant, flat_model, make_plan, planning_batch, towered, train
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import dmt_compile
 
-PARTITIONS = ("strided", "balanced", "coherent", "diverse")
+PARTITIONS = ("strided", "balanced", "coherent:cosine", "diverse:cosine")
+SIGNALS = ("cosine", "nid", "archdetect")
 COMPRESSIONS = (2, 4, 8, 16)
 TOWERS = (2, 4, 8)
 SEEDS = 9
 PROBE_SEED = 1000  # of the flat model whose embeddings the partitioner sees; no seed of the tables
+PROBE_SAMPLES, PROBE_BATCH = 8192, 2048
 
 
 def variants(model: str, rows: str, features: int, dim: int) -> list[Variant]:
@@ -50,6 +53,8 @@ def variants(model: str, rows: str, features: int, dim: int) -> list[Variant]:
         return Variant(partition, towers, compression, "dlrm", {"c": 1, "p": 0, **width})
 
     flat, headline = Variant(), [one(p, 4, c) for c in (2, 4) for p in PARTITIONS]
+    if rows == "flat":
+        return [flat]
     if rows == "headline":
         return [flat, *headline]
     if rows == "modules":
@@ -59,6 +64,11 @@ def variants(model: str, rows: str, features: int, dim: int) -> list[Variant]:
     grid = [one(p, t, c) for t in TOWERS for c in COMPRESSIONS for p in PARTITIONS]
     singles = [one("strided", features, c) for c in COMPRESSIONS]
     return [flat, *headline, *[v for v in (*grid, *singles) if v not in headline]]
+
+
+def digest(settings: Settings) -> str:
+    """Return a short name for settings."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
 
 
 class Results:
@@ -95,7 +105,8 @@ class Bench:
         self.data = data
         self.results = results
         self._bytes: dict[str, float] = {}
-        self._interactions: dict[str, torch.Tensor] = {}
+        self._plans: dict[str, dmt_compile.TowerPlan] = {}
+        self._probes: dict[str, torch.nn.Module] = {}
 
     def line(self, model: str, variant: Variant, seed: int, settings: Settings) -> dict[str, Any]:
         """Return the line of a training, without its results."""
@@ -109,12 +120,24 @@ class Bench:
         """Train one variant with one seed."""
         module = flat_model(self.data, model, settings, seed)
         if variant.module is not None:
-            module = towered(module, self.data, variant, seed, self.plan_options(model, variant, settings))
+            module = towered(module, self.data, self.plan(model, variant, settings), seed)
         return train(module, self.data, settings, seed, show)
 
-    def plan_options(self, model: str, variant: Variant, settings: Settings) -> dict[str, Any]:
-        """Return the options of a variant's plan."""
-        return {"partition": variant.partition}
+    def plan(self, model: str, variant: Variant, settings: Settings) -> dmt_compile.TowerPlan:
+        """Return a variant's plan: one partition, whatever the seed of a training."""
+        key = f"{model} {variant.key} {variant.towers}"
+        if key not in self._plans:
+            strategy, _, signal = variant.partition.partition(":")
+            partition: Any = strategy
+            module = flat_model(self.data, model, settings, PROBE_SEED)
+            if signal:
+                found = dmt_compile.plan(
+                    module, planning_batch(self.data), f"{variant.towers}x1", partition=strategy,
+                    interactions=self.interactions(model, settings, signal),
+                )  # fmt: skip
+                partition = [list(tower.tables) for tower in found.towers]
+            self._plans[key] = make_plan(module, self.data, variant, partition)
+        return self._plans[key]
 
     def cross_host_bytes(self, model: str, variant: Variant, settings: Settings) -> float:
         """Return what the embeddings of a sample, and their gradients, send across hosts; a tower is one host of one rank.
@@ -124,13 +147,11 @@ class Bench:
         """
         key = f"{model} {variant.key} {variant.towers}"
         if key not in self._bytes:
-            options = self.plan_options(model, variant, settings)
-            if variant.module is not None:
-                options |= {"tower_module": variant.module, "tower_module_options": dict(variant.options)}
+            plan = self.plan(model, variant, settings)
             batch = planning_batch(self.data)
             world = dmt_compile.SimulatedWorld(f"{variant.towers}x1")
             module = flat_model(self.data, model, settings, 0)
-            outputs = world.run(module, [batch] * variant.towers, dense_compiler="eager", **options)
+            outputs = world.run(module, [batch] * variant.towers, dense_compiler="eager", plan=plan)
             torch.stack([output.sum() for output in outputs]).sum().backward()
             sent = sum(n for (name, _, link), n in world.ledger.records.items() if (name, link) == ("peer", "cross"))
             self._bytes[key] = sent / (variant.towers * batch[0].shape[0])
@@ -145,9 +166,21 @@ class Bench:
             "flat_cross_host_bytes": self.cross_host_bytes(model, flat, settings),
         }
 
-    def interactions(self, model: str, settings: Settings) -> torch.Tensor:
-        """Return how much each two features interact, read off a flat model trained with a seed of its own."""
-        raise NotImplementedError
+    def interactions(self, model: str, settings: Settings, signal: str) -> dmt_compile.InteractionMatrix:
+        """Return how much each two features interact in a flat model trained with a seed of its own.
+
+        Measured on training rows, once for a data set, model and signal: kept beside the results file.
+        """
+        name = f"{self.data.name}-{self.data.labels_N.numel()}-{model}-{signal}-{digest(settings)}.json"
+        path = self.results.path.with_name(f"{self.results.path.stem}.{name}")
+        if not path.exists():
+            if model not in self._probes:
+                self._probes[model] = flat_model(self.data, model, settings, PROBE_SEED)
+                train(self._probes[model], self.data, settings, PROBE_SEED)
+            rows = self.data.train[:PROBE_SAMPLES]
+            batches = [inputs for inputs, _ in self.data.batches(rows, PROBE_BATCH)]
+            dmt_compile.interactions(self._probes[model], batches, signal).save(path)
+        return dmt_compile.InteractionMatrix.load(path)
 
     def certify(self, model: str, settings: Settings) -> None:
         """Hold the transform without modules to the flat model on four hosts, and write one line of it."""
@@ -166,7 +199,7 @@ def jobs(names: list[str], rows: str, seeds: range, data: QualityData) -> Iterat
     """Yield every training: seed by seed within a part of the table, so that all of its rows grow together."""
     for model in names:
         table = variants(model, rows, len(data.table_rows), SETTINGS[model, data.name].dim)
-        head = [v for v in table if rows == "all" and v in variants(model, "headline", len(data.table_rows), 0)]
+        head = [v for v in table if v in variants(model, "headline", len(data.table_rows), SETTINGS[model, data.name].dim)]
         for part in (head, [v for v in table if v not in head]):
             for seed in seeds:
                 yield from ((model, variant, seed) for variant in part)
@@ -179,7 +212,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--path", type=Path, help="the data set's folder; nycflights needs none")
     parser.add_argument("--limit-rows", type=int, help="use only so many rows (of each part) of the data")
     parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=list(MODELS))
-    parser.add_argument("--rows", choices=("headline", "all", "modules"), default="headline")
+    parser.add_argument("--rows", choices=("flat", "headline", "all", "modules"), default="headline")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the results file, one JSON line for each training")

@@ -24,7 +24,7 @@ class Settings:
     Args:
         dim: embedding width.
         bottom, top: hidden widths of the MLPs.
-        cross_layers: of the DCN.
+        cross_layers, cross_rank: of the DCN.
         init: largest initial embedding; uniform.
         lr: of Adam, falling linearly to 0 over the epochs.
         weight_decay: of the tables, as L2 in Adam.
@@ -38,6 +38,7 @@ class Settings:
     bottom: tuple[int, ...] = (64,)
     top: tuple[int, ...] = (128, 64)
     cross_layers: int = 2
+    cross_rank: int = 32
     init: float = 0.0625
     lr: float = 2e-3
     weight_decay: float = 0.0
@@ -48,8 +49,8 @@ class Settings:
 
 
 SETTINGS: dict[tuple[str, str], Settings] = {
-    ("dlrm", "nycflights"): Settings(),
-    ("dcn", "nycflights"): Settings(),
+    ("dlrm", "nycflights"): Settings(dim=32, lr=2e-2, weight_decay=5e-4, epochs=3),
+    ("dcn", "nycflights"): Settings(lr=2e-2, weight_decay=5e-4, epochs=3),
     ("dlrm", "frappe"): Settings(epochs=12),
     ("dcn", "frappe"): Settings(epochs=12),
     ("dlrm", "ml1m"): Settings(),
@@ -108,19 +109,21 @@ class DLRM(Flat):
 
 
 class DCN(Flat):
-    """A cross network over all vectors, and a top MLP."""
+    """A cross network of low rank over all vectors, and a top MLP."""
 
     def __init__(self, table_rows: Sequence[int], dense_features: int, settings: Settings) -> None:
         super().__init__(table_rows, dense_features, settings)
         width = settings.dim * (len(table_rows) + (self.bottom is not None))
-        self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(settings.cross_layers))
+        layers, rank = range(settings.cross_layers), settings.cross_rank
+        self.cross_down = nn.ModuleList(nn.Linear(width, rank, bias=False) for _ in layers)
+        self.cross_up = nn.ModuleList(nn.Linear(rank, width) for _ in layers)
         self.top = mlp((width, *settings.top, 1), settings, last=True)
 
     def forward(self, dense_BI: Tensor, ids: list[Tensor], offsets: list[Tensor]) -> Tensor:
         """Return one logit per sample, (B,)."""
         x = first = torch.cat(self.vectors(dense_BI, ids, offsets), dim=1)
-        for layer in self.cross:
-            x = first * layer(x) + x
+        for down, up in zip(self.cross_down, self.cross_up, strict=True):
+            x = first * up(down(x)) + x
         return self.top(x).squeeze(1)
 
 

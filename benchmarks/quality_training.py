@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class Variant:
     """One line of the table.
 
     Args:
-        partition: ``"flat"`` (no towers), or a partition of the compiler.
+        partition: ``"flat"`` (no towers), or a partition of the compiler, such as ``"strided"`` or, with the signal
+            that its interactions were measured by, ``"coherent:cosine"``.
         towers: their number; 0 for ``"flat"``.
         compression: columns that all features have / columns that all towers send, as asked for.
         module: kind of Tower Module.
@@ -70,16 +71,21 @@ def planning_batch(data: QualityData) -> Inputs:
     return next(iter(data.batches(data.train[:PLANNING_SAMPLES], PLANNING_SAMPLES)))[0]
 
 
-def towered(
-    flat: nn.Module, data: QualityData, variant: Variant, seed: int, plan_options: Mapping[str, Any]
-) -> nn.Module:
-    """Return the model with the variant's Tower Modules; each tower is one host."""
-    batch = planning_batch(data)
-    plan = dmt_compile.plan(
-        flat, batch, f"{variant.towers}x1", tower_module=variant.module, tower_module_options=dict(variant.options),
-        seed=seed, **plan_options,
+def make_plan(
+    flat: nn.Module, data: QualityData, variant: Variant, partition: str | Sequence[Sequence[str]]
+) -> dmt_compile.TowerPlan:
+    """Return the plan of a variant's towers and modules; each tower is one host of one rank."""
+    return dmt_compile.plan(
+        flat, planning_batch(data), f"{variant.towers}x1", partition=partition, tower_module=variant.module,
+        tower_module_options=dict(variant.options),
     )  # fmt: skip
-    return dmt_compile.transform(flat, batch, plan)
+
+
+def towered(flat: nn.Module, data: QualityData, plan: dmt_compile.TowerPlan, seed: int) -> nn.Module:
+    """Return the model with the plan's Tower Modules, their initial values those of a seed."""
+    assert plan.tower_modules is not None
+    seeded = replace(plan, tower_modules=replace(plan.tower_modules, seed=seed))
+    return dmt_compile.transform(flat, planning_batch(data), seeded)
 
 
 def train(
