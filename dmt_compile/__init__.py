@@ -19,10 +19,12 @@ from dmt_compile.errors import (
 from dmt_compile.inspection.certificate import Certificate, Quantity
 from dmt_compile.partition.interaction import InteractionMatrix
 from dmt_compile.partition.measure import interactions
+from dmt_compile.partition.picture import save_picture
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.runtime.clipping import clip_grad_norm_
 from dmt_compile.runtime.simulated_world import SimulatedWorld
 from dmt_compile.runtime.state import full_state_dict
+from dmt_compile.runtime.warmup import warmup
 from dmt_compile.topology import Topology
 from dmt_compile.transformation import TransformedModel, transform
 
@@ -54,5 +56,7 @@ __all__ = [
     "full_state_dict",
     "interactions",
     "plan",
+    "save_picture",
     "transform",
+    "warmup",
 ]

@@ -56,8 +56,9 @@ def plan(
 class Explanation:
     """What was found in a model, what was not and why, the plan, and what would cross each link.
 
-    ``bytes_per_link``: ``{"flat" or "sptt": {"intra" or "cross": bytes}}``, per training step, summed over all ranks,
-    for the given batch on every rank. ``effect``: the strongest effect on numbers of the passes that ran.
+    ``bytes_per_link``: ``{"flat", "sptt" or "sptt+tm": {"intra" or "cross": bytes}}``, per training step, summed over
+    all ranks, for the given batch on every rank; ``"sptt+tm"`` with Tower Modules. ``effect``: the strongest effect on
+    numbers of the passes that ran.
     """
 
     plan: TowerPlan

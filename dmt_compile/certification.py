@@ -18,11 +18,14 @@ from dmt_compile.distinct_batches import Call, Reads, as_call, check_distinct, d
 from dmt_compile.errors import ConfigError
 from dmt_compile.inspection.certificate import Certificate, Quantity
 from dmt_compile.ir.stages import Effect
+from dmt_compile.pipeline import PassRecord
 from dmt_compile.plan import TowerPlan
 from dmt_compile.runtime.session import world_size
 from dmt_compile.runtime.simulated_world import SimulatedWorld
 from dmt_compile.tolerances import absolute_error, magnitude, reordered_limit, ulp_error
 from dmt_compile.topology import Topology
+from dmt_compile.towers import NAME
+from dmt_compile.transformation import transform
 
 # They act in the backward pass alone; every other pass counts towards what is claimed of outputs.
 GRADIENT_PASSES = frozenset({"sync_dense_gradients"})
@@ -39,8 +42,9 @@ def certify(
 ) -> Certificate:
     """Compare the compiled program, on every rank of a topology in this process, with the flat model.
 
-    Every rank has a batch of its own. The flat model runs eagerly on each; the loss is a fixed random sum of all
-    outputs, and the program's gradients are compared with the mean over ranks of the flat model's. Claimed are:
+    Every rank has a batch of its own. The flat model, or with Tower Modules what :func:`dmt_compile.transform` makes of
+    it for one process, runs eagerly on each; the loss is a fixed random sum of all outputs, and the program's gradients
+    are compared with the mean over ranks of the flat model's. Claimed are:
 
     - of an output, the strongest effect of the passes that ran, those that only touch gradients left out. ``EXACT``
       holds where every number is equal, ``REORDERED`` within ``dmt_compile.tolerances``;
@@ -74,6 +78,9 @@ def certify(
     with torch.enable_grad(), torch.random.fork_rng():
         calls, reads = _calls(bare, batch, kwargs, ranks.world_size, seed)
         explanation = explain(mine, calls[0][0], ranks, kwargs=calls[0][1], **options)
+        if explanation.plan.tower_modules is not None:
+            custom = parsed.tower_module if callable(parsed.tower_module) else None
+            flat = transform(flat, calls[0][0], explanation.plan, kwargs=calls[0][1], tower_module=custom)
         expected = _run_flat(flat, calls)
         positional, keywords = [call[0] for call in calls], [call[1] for call in calls]
         actual = [_tensors(out) for out in SimulatedWorld(ranks).run(mine, positional, kwargs=keywords, **options)]
@@ -82,7 +89,7 @@ def certify(
     longest_sum = _longest_sum(bare, expected, reads, ranks.world_size)
     # The explanation is that of the first graph with tables; the dense compiler works on all of them.
     dense = Effect.EXACT if parsed.dense_compiler == "eager" else Effect.REORDERED
-    claimed = max((r.effect for r in explanation.passes if _touches_outputs(r)), default=dense)
+    claimed = max((_claimed(r) for r in explanation.passes if _touches_outputs(r)), default=dense)
     quantities = _outputs(actual, expected, max(claimed, dense), longest_sum)
     quantities += _gradients(mine, flat, max(explanation.effect, Effect.REORDERED), longest_sum)
     from dmt_compile import __version__
@@ -103,7 +110,12 @@ def _stated(topology: str | Topology) -> Topology:
     return Topology.parse(topology) if isinstance(topology, str) else topology
 
 
-def _touches_outputs(record: Any) -> bool:
+def _claimed(record: PassRecord) -> Effect:
+    """Return what a pass may do to an output: Tower Modules run for all peers' samples at once."""
+    return Effect.REORDERED if record.effect is Effect.MODEL else record.effect
+
+
+def _touches_outputs(record: PassRecord) -> bool:
     return bool(record.report.changed) and record.name not in GRADIENT_PASSES
 
 
@@ -213,8 +225,10 @@ def _outputs(
 
 
 def _gradients(mine: nn.Module, flat: nn.Module, effect: Effect, longest: int) -> list[Quantity]:
+    # A layer that Tower Modules gave another size is where the flat one was, or beside it.
+    of_mine = {name.removeprefix(f"{NAME}.replaced."): parameter for name, parameter in mine.named_parameters()}
     pairs = {
-        name: (_gradient(dict(mine.named_parameters())[name]), _gradient(parameter))
+        name: (_gradient(of_mine[name]), _gradient(parameter))
         for name, parameter in flat.named_parameters()
         if parameter.requires_grad
     }

@@ -22,6 +22,8 @@ from torch import nn
 from dmt_compile.api import Explanation, explain, plan
 from dmt_compile.certification import certify
 from dmt_compile.errors import ConfigError, DmtError
+from dmt_compile.partition.interaction import InteractionMatrix
+from dmt_compile.partition.picture import save_picture
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, parents=[common], help=text, description=text)
         command.set_defaults(run=run)
+        if name == "plan":
+            command.add_argument("--partition", metavar="NAME", help="balanced, strided, coherent or diverse")
+            command.add_argument(
+                "--interactions",
+                type=Path,
+                metavar="PATH",
+                help="what InteractionMatrix.save() wrote, for the last two",
+            )
+            command.add_argument(
+                "--picture", type=Path, metavar="PATH", help="draw the towers of --interactions into this .svg or .png"
+            )
         if name == "explain":
             command.add_argument("--certify", action="store_true", help="certify too")
         if name != "plan":
@@ -70,8 +83,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(args: argparse.Namespace, model: nn.Module, batch: Any, options: dict[str, Any]) -> int:
+    given = {"partition": args.partition, "interactions": args.interactions}
+    options |= {name: value for name, value in given.items() if value is not None}
+    if args.picture is not None and "interactions" not in options:
+        raise ConfigError("cli: expected --interactions beside --picture, found none; they are what it shows")
     made = plan(model, batch, **options)
     print(made)
+    if args.picture is not None:
+        save_picture(made, InteractionMatrix.load(options["interactions"]), args.picture)
     if args.json is not None:
         made.save(args.json)
     return 0
@@ -103,7 +122,7 @@ def _certify(args: argparse.Namespace, model: nn.Module, batch: Any, options: di
 def _as_json(explanation: Explanation) -> dict[str, Any]:
     passes = [
         {"name": r.name, "effect": r.effect.name, "changed": r.report.changed, "matched": r.report.matched}
-        | {"left_alone": [list(item) for item in r.report.skipped]}
+        | {"left_alone": [list(item) for item in r.report.skipped], "notes": list(r.report.notes)}
         for r in explanation.passes
     ]
     return {

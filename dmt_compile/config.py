@@ -41,7 +41,8 @@ class Options:
         interactions: of the features, for ``"coherent"`` and ``"diverse"``: what :func:`dmt_compile.interactions`
             returned, the path of such a saved matrix, or a networkx graph of features with edge weights from 0 to 1.
         max_imbalance: the most bytes moved, weights and rows read of a ``"coherent"`` or ``"diverse"`` tower, relative
-            to the mean tower; ``None`` is 1.1 wherever the tables allow it, a number must be kept.
+            to the mean tower; ``None`` is 1.1, where tables are too uneven for that 1.1 times the least that they
+            allow; a number must be kept.
         memory_bytes: the most bytes of weights on a rank.
         tower_module: what compresses each tower before its embeddings cross hosts, which changes the model: ``None``, a
             kind of :mod:`dmt_compile.tower_modules` (``"dlrm"``, ``"dcn"``, ...), or a callable
@@ -196,8 +197,8 @@ class Options:
         recipe = TowerModules(kind, dict(self.tower_module_options), self.seed)
         if recorded is not None and recorded.kind != kind:
             raise ConfigError(
-                f"options: expected the plan's Tower Modules {recorded.kind!r}, found 'tower_module' {kind!r}; drop it, "
-                "or make a new plan"
+                f"options: expected the plan's Tower Modules {recorded.kind!r}, found 'tower_module' {kind!r}; drop "
+                "it, or make a new plan"
             )
         return recorded or recipe
 

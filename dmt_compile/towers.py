@@ -84,7 +84,7 @@ def resized(root: nn.Module | None, flat_name: str, old: torch.Tensor, shape: Se
                 name: None if b is None else torch.empty(_like(b, old, shape), device=device, dtype=b.dtype)
                 for name, b in owner._buffers.items()
             }
-            fresh.reset_parameters()
+            fresh.reset_parameters()  # type: ignore[operator]
             new: torch.Tensor = getattr(fresh, leaf).detach()
         else:
             new = torch.empty(tuple(shape), device=device)

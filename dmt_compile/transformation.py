@@ -43,6 +43,7 @@ class TransformedModel(nn.Module):
         super().__init__()
         self._forwards: dict[bool, Forward] = {}
         self._sources: dict[bool, str] = {}
+        self.register_load_state_dict_pre_hook(_in_place_of_flat)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the transformed graph of the present mode gives; arguments as for the flat model."""
@@ -52,6 +53,13 @@ class TransformedModel(nn.Module):
     def code(self) -> str:
         """The forward in training and in evaluation, as Python."""
         return "\n".join(f"# {'training' if mode else 'evaluation'}\n{self._sources[mode]}" for mode in (True, False))
+
+
+def _in_place_of_flat(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a state dict of the compiled flat model fit, which holds a layer of another size beside the flat one."""
+    beside = f"{prefix}{NAME}.replaced."
+    for name in [name for name in state_dict if name.startswith(beside)]:
+        state_dict[prefix + name.removeprefix(beside)] = state_dict.pop(name)
 
 
 def transform(
@@ -77,7 +85,7 @@ def transform(
         A module with the same arguments and outputs. New are ``dmt_towers`` and the layers that got another size.
 
     Raises:
-        ConfigError: the plan has no Tower Modules, or its callable is missing.
+        ConfigError: the plan has no Tower Modules, or its callable is missing; the model has Tower Modules already.
         PlanError: the plan belongs to another model.
         UnsupportedGraphError: the interaction is not one that Tower Modules fit, or the model is not one graph.
 
@@ -89,6 +97,11 @@ def transform(
             "dmt_compile.plan(model, batch, topology, tower_module='dlrm')"
         )
     bare = getattr(model, "_orig_mod", model)
+    if hasattr(bare, NAME):
+        raise ConfigError(
+            "transform: expected a flat model, found one that has its Tower Modules; torch.compile(..., backend='dmt') "
+            "takes it as it is"
+        )
     options = Options(plan=plan, tower_module=tower_module, topology=plan.topology, dense_compiler="eager")
     options.recipe(plan)
     positional = batch if isinstance(batch, tuple) else (batch,)
@@ -282,10 +295,11 @@ def _write(model: nn.Module, captured: _Captured, mode: bool) -> tuple[str, Forw
     body = written.src.split("\n", written.src.count("\n"))
     start = next(index for index, line in enumerate(body) if line.startswith("def "))
     lines = [line for line in body[start + 1 :] if line.strip()]
-    lines = [f"    _out = {line.strip().removeprefix('return ')}" if line.startswith("    return ") else line for line in lines]
-    source = "\n".join(
-        [f"def forward{_signature(model)}:", *reads, *lines, f"    return {captured.structure!r}", ""]
-    )
+    lines = [
+        f"    _out = {line.strip().removeprefix('return ')}" if line.startswith("    return ") else line
+        for line in lines
+    ]
+    source = "\n".join([f"def forward{_signature(model)}:", *reads, *lines, f"    return {captured.structure!r}", ""])
     file = f"<dmt_compile.transform {next(_numbers)} {'training' if mode else 'evaluation'}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     scope = dict(written.globals)
@@ -373,7 +387,10 @@ def _move_in(root: TransformedModel, towers: Towers) -> None:
     for flat_name, tensor in towers.replacements().items():
         path, _, leaf = flat_name.rpartition(".")
         owner = root.get_submodule(path)
-        (owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers)[leaf] = tensor
+        if isinstance(tensor, nn.Parameter):
+            owner._parameters[leaf] = tensor
+        else:
+            owner._buffers[leaf] = tensor
         _restate(owner)
     towers.replaced = nn.Module()
     root.add_module(NAME, towers)

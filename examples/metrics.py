@@ -1,4 +1,4 @@
-"""The area under the ROC curve, exact, and the scores of all ranks in one place."""
+"""The area under the ROC curve, exact; the scores of all ranks in one place; how well two groupings agree."""
 
 from __future__ import annotations
 
@@ -41,6 +41,28 @@ def auc(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     mean_ranks = np.cumsum(sizes) - (sizes - 1) / 2
     rank_sum = float(mean_ranks[group_N][positive_N].sum())
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def adjusted_rand_index(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
+    """Compute how well two groupings of the same things agree.
+
+    Args:
+        first, second: (N,), the group of each thing, as any integers.
+
+    Returns:
+        1 for the same grouping, about 0 for unrelated ones.
+
+    Source: Hubert and Arabie, Comparing Partitions (1985).
+    """
+    _, first_N = np.unique(np.asarray(first), return_inverse=True)
+    _, second_N = np.unique(np.asarray(second), return_inverse=True)
+    counts = np.zeros((first_N.max(initial=0) + 1, second_N.max(initial=0) + 1))
+    np.add.at(counts, (first_N, second_N), 1)
+    pairs, rows, columns = ((n * (n - 1) / 2).sum() for n in (counts, counts.sum(axis=1), counts.sum(axis=0)))
+    everything = first_N.size * (first_N.size - 1) / 2
+    expected = rows * columns / everything if everything else 0.0
+    most = (rows + columns) / 2
+    return float((pairs - expected) / (most - expected)) if most != expected else 1.0
 
 
 def gather_rows(values: Tensor) -> Tensor:

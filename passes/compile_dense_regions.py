@@ -62,14 +62,15 @@ class CompileDenseRegions(Pass):
         """Return the Tower Modules that this rank runs, which are regions already."""
         found = []
         for node in calls(gm, run_towers):
-            _, route, towers, regions, given = node.args
-            mine = None if ctx.rank is None else route.meta["val"].layout.topology.host_of(ctx.rank)  # type: ignore[union-attr]
-            for tower in towers:  # type: ignore[union-attr]
+            args: Any = node.args
+            _, route, towers, regions, given = args
+            mine = None if ctx.rank is None else route.meta["val"].layout.topology.host_of(ctx.rank)
+            for tower in towers:
                 if tower.region >= 0 and mine in (None, tower.group):
-                    region = regions[tower.region].meta["val"]  # type: ignore[index, union-attr]
+                    region = regions[tower.region].meta["val"]
                     start = next(iter(region.graph_module.graph.nodes)).meta["val"]
-                    fakes = [start, *(n.meta["val"] for n in given[tower.region])]  # type: ignore[index, union-attr]
-                    found.append((str(regions[tower.region]), node, region, fakes))  # type: ignore[index]
+                    fakes = [start, *(n.meta["val"] for n in given[tower.region])]
+                    found.append((str(regions[tower.region]), node, region, fakes))
         return found
 
     def _regions(self, gm: fx.GraphModule, ctx: PassContext) -> list[list[fx.Node]]:

@@ -22,7 +22,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx, nn
@@ -39,6 +39,7 @@ from dmt_compile.ir.pass_base import (
     calls,
     dependents,
     erase_unused,
+    nodes_in,
     placeholders,
     sort_graph,
 )
@@ -111,8 +112,9 @@ class InsertTowerModules(Pass):
         tables = {feature.node: feature.table for feature in ctx.embedding_graph.features}
         planned = {tower.name: tower.tables for tower in ctx.plan.towers}
         for node in inside:
-            features, name = node.args
-            away = [tables[f.name] for f in features if tables[f.name] not in planned.get(name, ())]  # type: ignore[union-attr, arg-type]
+            name = str(node.args[1])
+            read = [tables[feature.name] for feature in nodes_in(node.args[0])]
+            away = [table for table in read if table not in planned.get(name, ())]
             if away:
                 raise PlanError(
                     f"{self.name}: expected the tables of the transformed model's {name} together, found {away[0]} "
@@ -160,9 +162,12 @@ class InsertTowerModules(Pass):
         hidden = _inside(gm, ctx, family) | {n for n in gm.graph.nodes if n.target in ops.OPERATORS}
         resizing = Resizing([n for n in gm.graph.nodes if n not in hidden], sources)
         tables = {table.placeholder for table in ctx.embedding_graph.tables}
+        kept = {source for chain in family.local.values() for node in chain for source in node.all_input_nodes}
         for node in gm.graph.nodes:
             free = node.name in ctx.parameters and node.name not in tables
-            if node.op in ("placeholder", "get_attr") and not free:
+            if node in kept and node.op == "placeholder":
+                resizing.fix(node, "it is also what features pass through before they meet")
+            elif node.op in ("placeholder", "get_attr") and not free:
                 resizing.fix(node, "an input or a constant has a fixed size")
             elif node.target is ops.lookup and node not in sources:
                 resizing.fix(node, "a feature that no Tower Module takes has a fixed width")
@@ -189,8 +194,8 @@ class InsertTowerModules(Pass):
         resizing.solve()
         for node, parts in family.operands.items():
             if node.meta["val"].ndim == 2:
-                others = [resizing.shape(p.node)[1:] for p in parts if p.feature is None]
-                resizing.set(node, 1, sum(t.width for t in towers) + sum(math.prod(sizes) for sizes in others))
+                kept = sum(math.prod(resizing.shape(p.node)[1:]) for p in parts if p.feature is None)
+                resizing.set(node, 1, sum(t.width for t in towers) + kept)
         resizing.solve()
         return resizing
 
@@ -234,10 +239,10 @@ class InsertTowerModules(Pass):
         with gm.graph.inserting_before(output):
             sent = [self._tower(gm, ctx, family, tower) for tower in towers]
             replaced = self._joins(gm, ctx, family, towers, sent, resizing)
-        for old, new in replaced.items():
-            old.replace_all_uses_with(new)
-        for old in replaced:
-            erase_unused(gm, old)
+        for before, after in replaced.items():
+            before.replace_all_uses_with(after)
+        for before in replaced:
+            erase_unused(gm, before)
         sort_graph(gm)
         _derive_again(gm, ctx)
         return tuple(notes)
@@ -246,9 +251,9 @@ class InsertTowerModules(Pass):
         """Read a parameter of the towers, right after the graph's inputs."""
         target = f"{NAME}.{path}"
         name = target.replace(".", "_")
-        found = next((n for n in gm.graph.nodes if n.op == "get_attr" and n.target == target), None)
-        if found is not None:
-            return found
+        for node in gm.graph.nodes:
+            if node.op == "get_attr" and node.target == target:
+                return cast(fx.Node, node)
         with gm.graph.inserting_after(after):
             node = gm.graph.create_node("get_attr", target, (), {}, name)
         node.meta["val"] = ctx.environment.derive(node, gm)
@@ -446,10 +451,10 @@ def _trace(module: nn.Module, name: str) -> fx.Graph:
         for mode in (True, False):
             graphs.append(Tracer().trace(module.train(mode)))
     except Exception as error:
+        said = str(error).splitlines()[0] if str(error) else ""
         raise UnsupportedGraphError(
             f"insert_tower_modules: expected a module for {name} that torch.fx can trace, found {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}; use dmt_compile.transform, whose result torch.compile "
-            "reads itself"
+            f"{said}; use dmt_compile.transform, whose result torch.compile reads itself"
         ) from error
     finally:
         for child, training in modes.items():
@@ -457,7 +462,8 @@ def _trace(module: nn.Module, name: str) -> fx.Graph:
     if str(graphs[0]) != str(graphs[1]):
         raise UnsupportedGraphError(
             f"insert_tower_modules: expected a module for {name} that is the same in training and evaluation, found "
-            "dropout, batch normalisation or the like; use dmt_compile.transform, whose result torch.compile reads itself"
+            "dropout, batch normalisation or the like; use dmt_compile.transform, whose result torch.compile reads "
+            "itself"
         )
     return graphs[0]
 

@@ -30,7 +30,7 @@ from torch import fx
 from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, only_joined, sort_graph
-from dmt_compile.ir.stages import Stage
+from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.ir.tower_regions import find_towers
 
 
@@ -52,7 +52,9 @@ class LowerToSptt(Pass):
             return PassReport(changed=False, skipped=(("graph", "no lookup"),))
         matched = sum(self._lower(gm, ctx, check) for check in checks)
         sort_graph(gm)
-        return PassReport(changed=True, matched=matched)
+        # A Tower Module sees the samples of all peers at once: a matrix product of more rows is not bitwise the same.
+        effect = Effect.REORDERED if calls(gm, ex.run_towers) else Effect.EXACT
+        return PassReport(changed=True, matched=matched, effect=effect)
 
     def _dissolve(self, gm: fx.GraphModule, ctx: PassContext) -> int:
         """On one rank towers are dense computation like any other."""

@@ -1,8 +1,11 @@
 """Make dense parameters data-parallel inside the program: their gradients are averaged over all ranks.
 
-The gradients of a Tower Module are summed over the ranks of its tower alone, which carry 1 / ranks already. Each bucket
-of other parameters passes through one ``dmt::synchronize``; its backward is one all-reduce, started as
-soon as the bucket's gradients are there. Floating-point buffers are rank 0's in every training forward, as under DDP.
+Each bucket of parameters passes through one ``dmt::synchronize``; its backward is one all-reduce, started as soon as
+the bucket's gradients are there. Floating-point buffers are rank 0's in every training forward, as under DDP.
+
+The gradients of a Tower Module are summed over the ranks of its tower alone, since they carry 1 / ranks already; its
+buffers are each rank's own. A parameter that towers of several groups read, or that is read outside too, is averaged
+over all ranks like any other, after what comes from towers got its factor back.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import fx
 from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls
 from dmt_compile.ir.stages import Effect, Stage
+from dmt_compile.ir.tower_regions import held_by_one_group
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,11 @@ class SyncDenseGradients(Pass):
             return PassReport(changed=False, skipped=(("graph", reason),), effect=Effect.EXACT)
         tables = {table.placeholder for table in ctx.embedding_graph.tables}
         held = [n for n in gm.graph.nodes if n.op == "placeholder" or n.name in ctx.parameters]
-        dense = [n for n in held if n.name in ctx.parameters and n.name not in tables and n.users]
-        of_towers = self._synchronize_towers(gm, ctx)
-        dense = [n for n in dense if any(user.target is not ex.synchronize_tower for user in n.users)]
+        of_towers = held_by_one_group(gm, ctx)
+        dense = [
+            n for n in held if n.name in ctx.parameters and n.name not in tables and n not in of_towers and n.users
+        ]
+        summed = self._sum_over_towers(gm, ctx, of_towers)
         trained = [n for n in dense if n.meta["val"].requires_grad]
         buffers = [
             n for n in dense
@@ -49,24 +55,27 @@ class SyncDenseGradients(Pass):
             self._pass_through(gm, ctx, bucket, held[-1], ex.synchronize)
         if buffers:
             self._pass_through(gm, ctx, buffers, held[-1], ex.broadcast_buffers)
-        matched = len(trained) + len(buffers) + of_towers
+        matched = len(trained) + len(buffers) + summed
         return PassReport(changed=bool(matched), matched=matched)
 
-    def _synchronize_towers(self, gm: fx.GraphModule, ctx: PassContext) -> int:
+    def _sum_over_towers(self, gm: fx.GraphModule, ctx: PassContext, of_towers: dict[fx.Node, int]) -> int:
         """Sum the gradients of each Tower Module's parameters over its tower's ranks; return how many they are."""
         matched = 0
         for run in calls(gm, ex.run_towers):
-            joined, route, towers, regions, given = run.args
-            passed: list[Any] = list(given)  # type: ignore[arg-type]
-            for tower in towers:  # type: ignore[union-attr]
+            args: Any = run.args
+            joined, route, towers, regions, given = args
+            passed: list[Any] = list(given)
+            for tower in towers:
                 nodes = [] if tower.region < 0 else list(passed[tower.region])
                 trained = [n for n in nodes if isinstance(n.meta["val"], torch.Tensor) and n.meta["val"].requires_grad]
-                if not trained:
-                    continue
+                alone = [n for n in trained if n in of_towers]
+                places: dict[fx.Node, fx.Node] = {}
                 with gm.graph.inserting_before(run):
-                    together = ctx.call(gm, ex.synchronize_tower, trained, route, tower.group, like=run)
-                    outputs = [ctx.call(gm, operator.getitem, together, index) for index in range(len(trained))]
-                places = dict(zip(trained, outputs, strict=True))
+                    for node in (n for n in trained if n not in of_towers):
+                        places[node] = ctx.call(gm, ex.scale_gradient, node, ctx.topology.world_size, like=run)
+                    if alone:
+                        together = ctx.call(gm, ex.synchronize_tower, alone, route, tower.group, like=run)
+                        places |= {n: ctx.call(gm, operator.getitem, together, i) for i, n in enumerate(alone)}
                 passed[tower.region] = tuple(places.get(n, n) for n in nodes)
                 matched += len(trained)
             run.args = (joined, route, towers, regions, tuple(passed))
@@ -75,7 +84,7 @@ class SyncDenseGradients(Pass):
     def _pass_through(
         self, gm: fx.GraphModule, ctx: PassContext, bucket: list[fx.Node], last: fx.Node, target: object
     ) -> None:
-        users = [(node, [u for u in node.users if u.target is not ex.synchronize_tower]) for node in bucket]
+        users = [(node, list(node.users)) for node in bucket]
         with gm.graph.inserting_before(last.next):
             together = ctx.call(gm, target, list(bucket), "world")  # type: ignore[arg-type]
             outputs = [ctx.call(gm, operator.getitem, together, index) for index in range(len(bucket))]

@@ -130,3 +130,19 @@ class Mixture(nn.Module):
         fields = torch.stack([draw(rows, samples) for rows in self.FIELDS], dim=1)
         history = draw(13, samples, 2 + int(draw(4, 1)))
         return draw(11, int(lengths.sum())), lengths.cumsum(0) - lengths, fields, history, draw(13, samples)
+
+
+class Projected(DLRM):
+    """A DLRM whose features, and its dense vector, pass through one and the same projection before they meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+
+    def forward(self, dense: torch.Tensor, ids: list[torch.Tensor], offsets: list[torch.Tensor]) -> torch.Tensor:
+        bottom = self.project(self.bottom(dense))
+        looked_up = [torch.tanh(self.project(t(i, o))) for t, i, o in zip(self.emb, ids, offsets, strict=True)]
+        vectors = torch.stack([bottom, *looked_up], dim=1)
+        products = torch.bmm(vectors, vectors.transpose(1, 2))
+        pairs = products[:, self.rows_of_pairs, self.columns_of_pairs]
+        return self.top(torch.cat([bottom, pairs], dim=1)).squeeze(1)

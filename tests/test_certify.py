@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from dmt_compile import Certificate, Topology
 from dmt_compile.distinct_batches import Call, draw_calls, find_reads, same_call
 from dmt_compile.errors import ConfigError
 from dmt_compile.ir import exchange_ops
+from dmt_compile.ir.pass_base import PassContext
 from dmt_compile.ir.stages import Effect
+from dmt_compile.ir.tower_regions import TowerRegions
 from dmt_compile.runtime import simulated_world
+from dmt_compile.runtime.route import Layout
 from dmt_compile.tolerances import absolute_error, reordered_limit, ulp_error
-from tests.models import DLRM, Batch, make_batch
+from tests.models import DLRM, Batch, Projected, make_batch
 
 
 @pytest.fixture(autouse=True)
@@ -437,3 +441,88 @@ def test_ulps_are_steps_between_representable_values(dtype: torch.dtype) -> None
 def test_integers_have_no_tolerance() -> None:
     assert reordered_limit(torch.int64, 100) == 0
     assert ulp_error(torch.tensor([4]), torch.tensor([1])) == 3
+
+
+# ------------------------------------------------------------------------------------------ Tower Modules
+
+TOWERS = {"tower_module": "dlrm", "tower_module_options": {"dim": 2}}
+
+
+def test_towers_are_held_against_the_towered_model_of_one_process() -> None:
+    model, batch = small()
+    certificate = eagerly(model, batch, **TOWERS)
+    assert certificate.holds
+    assert certificate.effect is Effect.MODEL
+    claims = {q.name: q.effect for q in certificate.quantities}
+    assert claims["output"] is Effect.REORDERED
+    assert {"dmt_towers.tower0.each.4.weight", "dmt_towers.tower1.each.4.bias", "top.0.weight"} <= claims.keys()
+    assert not hasattr(model, "dmt_towers")
+
+
+def test_a_transformed_model_is_certified_like_any_other() -> None:
+    model, batch = small()
+    result = dmt_compile.transform(model, batch, dmt_compile.plan(model, batch, "2x2", **TOWERS))
+    certificate = eagerly(result, batch)
+    assert certificate.holds
+    assert certificate.effect is Effect.REORDERED
+    assert certificate.max_abs_error > 0 or certificate.quantities[0].effect is Effect.REORDERED
+
+
+def features_reversed(patch: pytest.MonkeyPatch) -> None:
+    found = Layout.group_features
+    patch.setattr(Layout, "group_features", lambda self, group: found(self, group)[::-1])
+
+
+def towers_change_places(patch: pytest.MonkeyPatch) -> None:
+    place = TowerRegions.place_of
+    patch.setattr(TowerRegions, "place_of", lambda self, m: len(self.runs) - 1 - place(self, m))
+
+
+def averaged_over_the_tower(patch: pytest.MonkeyPatch) -> None:
+    backward = simulated_world._SynchronizeTower.backward
+    patch.setattr(
+        simulated_world._SynchronizeTower,
+        "backward",
+        staticmethod(lambda ctx, *grads: (*backward(ctx, *grads)[:4], *(grad / 2 for grad in grads))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (features_reversed, "output"),
+        (towers_change_places, "output"),
+        (averaged_over_the_tower, r"dmt_towers\.tower0"),
+    ],
+)
+def test_a_fault_in_towers_is_found(
+    change: Callable[[pytest.MonkeyPatch], None], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = DLRM(rows=(9, 6, 11, 5), dims=4)
+    batch = make_batch(model, 6, torch.Generator().manual_seed(0))
+    assert eagerly(model, batch, **TOWERS).holds
+    torch._dynamo.reset()
+    change(monkeypatch)
+    certificate = eagerly(model, batch, verify=False, **TOWERS)
+    failed = [q.name for q in certificate.quantities if not q.holds]
+    assert failed
+    assert re.match(named, failed[0]), failed
+
+
+def test_a_parameter_that_towers_share_gets_its_factor_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Projected()
+    batch = make_batch(model, 5, torch.Generator().manual_seed(0))
+    assert eagerly(model, batch, tower_module="dlrm").holds
+    torch._dynamo.reset()
+    call = PassContext.call
+
+    def without(self: PassContext, gm: Any, target: Any, *args: Any, like: Any = None) -> Any:
+        if target is exchange_ops.scale_gradient and args[1] > 1:
+            args = (args[0], 1.0)
+        return call(self, gm, target, *args, like=like)
+
+    monkeypatch.setattr(PassContext, "call", without)
+    certificate = eagerly(model, batch, tower_module="dlrm", verify=False)
+    assert [q.name for q in certificate.quantities if not q.holds] == ["project.weight", "project.bias"]

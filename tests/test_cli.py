@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -135,3 +136,20 @@ def test_the_command_is_installed_and_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "dmt_compile", "plan", "--model", EXAMPLE, "--topology", "2x4"]
     ran = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("Tower plan: 6 tables in 2 towers, 2 hosts x 4 ranks")
+
+
+def test_plan_takes_interactions_and_draws_them(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("emb", "other")
+    dmt_compile.InteractionMatrix(names, names, np.array([[0, 0.5], [0.5, 0]]), "cosine", 9).save("interactions.json")
+    command = ["plan", "--model", "tiny_model.py:both", "--topology", "2x1", "--partition", "coherent"]
+    drawn = [*command, "--interactions", "interactions.json", "--picture", "towers.svg", "--json", "plan.json"]
+    assert main(drawn) == 0
+    assert "coherent towers by cosine interaction over 9 samples" in capsys.readouterr().out
+    assert TowerPlan.load("plan.json").partition == "coherent"
+    assert "other" in (folder / "towers.svg").read_text()
+    assert main(command) == 2
+    assert "options: expected 'interactions' beside 'partition' 'coherent'" in capsys.readouterr().err
+    assert main([*command[:5], "--picture", "towers.svg"]) == 2
+    assert "cli: expected --interactions beside --picture, found none" in capsys.readouterr().err

@@ -204,7 +204,9 @@ def test_check_tables() -> None:
 
 def test_another_version() -> None:
     text = small_plan().to_json().replace(f'"version": {PLAN_VERSION}', '"version": 99')
-    with pytest.raises(PlanError, match=re.escape(f"plan: expected version {PLAN_VERSION}, found 99; make the plan again")):
+    with pytest.raises(
+        PlanError, match=re.escape(f"plan: expected version {PLAN_VERSION}, found 99; make the plan again")
+    ):
         TowerPlan.from_json(text)
 
 
@@ -214,8 +216,8 @@ def test_another_version() -> None:
         ("not json", "JSONDecodeError"),
         ("[]", "TypeError"),
         ("{}", "KeyError('version')"),
-        ('{"version": 1}', "KeyError('placements')"),
-        ('{"version": 1, "placements": [], "topology": {"hosts": 1}}', "TypeError"),
+        ('{"version": 2}', "KeyError('placements')"),
+        ('{"version": 2, "placements": [], "topology": {"hosts": 1}}', "TypeError"),
     ],
 )
 def test_text_that_is_no_plan(text: str, found: str) -> None:

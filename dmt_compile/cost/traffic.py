@@ -27,8 +27,8 @@ class Hop:
     """One exchange of a step in one direction.
 
     Args:
-        name: ``"ids"``, ``"flat embeddings"``, ``"in-host embeddings"`` (inside a tower's hosts) or
-            ``"peer embeddings"``.
+        name: ``"ids"``, ``"flat embeddings"``, ``"in-host embeddings"`` (inside a tower's hosts), ``"peer embeddings"``
+            or ``"peer tower outputs"``.
         direction: ``"forward"``, or ``"backward"`` for the gradients that mirror it.
         intra_bytes: bytes inside hosts, all ranks.
         cross_bytes: bytes between hosts, all ranks.
@@ -44,16 +44,21 @@ class Hop:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The exchanges of one training step, flat and with the tower transform (SPTT)."""
+    """The exchanges of one training step: flat, with the tower transform (SPTT), and with the plan's Tower Modules.
+
+    ``sptt_tm`` is empty for a plan without Tower Modules.
+    """
 
     flat: tuple[Hop, ...]
     sptt: tuple[Hop, ...]
+    sptt_tm: tuple[Hop, ...] = ()
 
     def bytes_per_link(self) -> dict[str, dict[str, int]]:
-        """Return ``{"flat" or "sptt": {"intra" or "cross": bytes}}``, summed over hops and ranks."""
+        """Return ``{"flat", "sptt" or "sptt+tm": {"intra" or "cross": bytes}}``, summed over hops and ranks."""
         return {
             form: {"intra": sum(hop.intra_bytes for hop in hops), "cross": sum(hop.cross_bytes for hop in hops)}
-            for form, hops in (("flat", self.flat), ("sptt", self.sptt))
+            for form, hops in (("flat", self.flat), ("sptt", self.sptt), ("sptt+tm", self.sptt_tm))
+            if hops
         }
 
 
@@ -65,7 +70,8 @@ def bytes_per_link(plan: TowerPlan, batch_size: int) -> dict[str, dict[str, int]
         batch_size: samples of each rank.
 
     Returns:
-        ``{"flat" or "sptt": {"intra" or "cross": bytes}}``, summed over all ranks, ids and both directions.
+        ``{"flat", "sptt" or "sptt+tm": {"intra" or "cross": bytes}}``, summed over all ranks, ids and both directions;
+        ``"sptt+tm"`` where the plan has Tower Modules.
 
     Raises:
         PlanError: a table is split over several ranks.
@@ -110,17 +116,32 @@ def embedding_traffic(
     peer_rows = np.bincount(position, batch_R, groups.local_ranks).astype(np.int64)
     flat_SR = width_S[:, None] * batch_R
     in_host_SR = width_S[:, None] * peer_rows[position] * (group[:, None] == group)
-    peer_SR = group_width[group][:, None] * batch_R * (position[:, None] == position)
+    peers_SR = batch_R * (position[:, None] == position)
+
+    def with_peers(name: str, width: NDArray[np.int64]) -> tuple[Hop, ...]:
+        return (
+            ids,
+            *_both_directions("in-host embeddings", in_host_SR, topology),
+            *_both_directions(name, width[group][:, None] * peers_SR, topology),
+        )
 
     ids = _hop("ids", "forward", ids_SR, topology)
     return Traffic(
         flat=(ids, *_both_directions("flat embeddings", flat_SR, topology)),
-        sptt=(
-            ids,
-            *_both_directions("in-host embeddings", in_host_SR, topology),
-            *_both_directions("peer embeddings", peer_SR, topology),
-        ),
+        sptt=with_peers("peer embeddings", group_width),
+        sptt_tm=with_peers("peer tower outputs", group_width - _saved_bytes(plan)) if plan.tower_modules else (),
     )
+
+
+def _saved_bytes(plan: TowerPlan) -> NDArray[np.int64]:
+    """Return the bytes of a sample that each tower group's modules keep off the peer exchange."""
+    groups = plan.tower_groups()
+    saved = np.zeros(groups.hosts, dtype=np.int64)
+    for tower in plan.towers:
+        tables = [table for table in plan.tables if table.name in tower.tables]
+        columns = sum(table.features * table.dim for table in tables) - tower.output_width
+        saved[tower.hosts[0] // len(tower.hosts)] += columns * max((table.element_bytes for table in tables), default=0)
+    return saved
 
 
 def message_counts(plan: TowerPlan) -> dict[str, dict[str, int]]:

@@ -30,6 +30,11 @@ def explanation_text(explanation: Explanation, width: int = 110) -> str:
     console.print(str(explanation.plan))
     console.print(f"\nBytes per training step, summed over all ranks, local batch {explanation.batch_size}")
     console.print(_links(explanation))
+    for record in explanation.passes:
+        if record.name == "insert_tower_modules" and record.report.changed:
+            console.print("\nTower Modules, and the layers that they give another size")
+            for note in record.report.notes:
+                console.print(f"  {note}", soft_wrap=True)
     console.print("\nPasses, in order")
     console.print(_passes(explanation))
     console.print(f"Effect on numbers: {explanation.effect.name} ({explanation.effect.explain()}).")

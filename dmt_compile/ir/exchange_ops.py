@@ -10,11 +10,13 @@ features side by side.
 from __future__ import annotations
 
 import functools
+import operator as py_operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch import fx
 
 from dmt_compile.errors import CollectiveError
 from dmt_compile.ir.ops import FreshSizes, operator, requires_grad
@@ -361,8 +363,10 @@ def run_towers(
     parts = joined_PW.split([layout.widths[i] for i in order], dim=1)
     columns = dict(zip(order, parts, strict=True))
     out: list[torch.Tensor] = []
+    idle: list[torch.Tensor] = []
     for tower in towers:
         if tower.group != route.group:
+            idle += [p for p in given[tower.region] if p.requires_grad] if tower.region >= 0 else []
             continue
         mine = [columns[i] for i in tower.features]
         if tower.region < 0:
@@ -370,7 +374,23 @@ def run_towers(
             continue
         embs_PW = torch.cat(mine, dim=1).to(getattr(torch, tower.dtype))
         out.append(regions[tower.region](embs_PW, *given[tower.region])[0].to(joined_PW.dtype))
-    return torch.cat(out, dim=1) if out else joined_PW
+    sent_PO = torch.cat(out, dim=1) if out else joined_PW
+    if idle:
+        sent_PO = _Idle.apply(sent_PO, *idle)  # type: ignore[no-untyped-call]
+    return sent_PO
+
+
+class _Idle(torch.autograd.Function):
+    """Lets parameters that other towers read take part in this rank's backward pass, where all ranks average them."""
+
+    @staticmethod
+    def forward(ctx: Any, sent_PO: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parameters)
+        return sent_PO.view_as(sent_PO)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], *map(torch.zeros_like, ctx.saved_tensors)
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
@@ -479,3 +499,12 @@ def broadcast_buffers(tensors: Sequence[torch.Tensor], group: str) -> tuple[torc
     for tensor in tensors:
         runtime.current().world.broadcast(tensor.data, "broadcast_buffers")  # .data: no new version for autograd
     return tuple(tensors)
+
+
+def behind_averaging(node: fx.Node) -> fx.Node:
+    """Return the parameter or buffer that a node is, where it passed through ``synchronize`` or the like."""
+    bucket = node.args[0] if node.target is py_operator.getitem else None
+    if isinstance(bucket, fx.Node) and bucket.target in (synchronize, synchronize_tower, broadcast_buffers):
+        passed: Any = bucket.args[0]
+        return cast(fx.Node, passed[node.args[1]])
+    return node

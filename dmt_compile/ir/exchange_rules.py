@@ -60,9 +60,11 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 
 def scaled(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     ranks = ctx.topology.world_size
+    averaged = {user for node in calls(gm, ex.synchronize) for user in node.users}
     for node in calls(gm, ex.scale_gradient):
         of_weights = isinstance(node.args[0], fx.Node) and node.args[0].target is ex.pack_weights
-        expected = float(ranks) if of_weights else 1 / ranks
+        of_towers = node.args[0] in averaged and {user.target for user in node.users} == {ex.run_towers}
+        expected = float(ranks) if of_weights or of_towers else 1 / ranks
         if node.args[1] != expected:
             yield f"{node.name} scales its gradient by {node.args[1]}, expected {expected}"
 
@@ -116,17 +118,18 @@ def synchronized(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 
 def towers_apart(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for node in calls(gm, ex.run_towers):
-        _, route, towers, _, given = node.args
-        layout = route.meta["val"].layout  # type: ignore[union-attr]
-        sent = [sum(t.width for t in towers if t.group == group) for group in range(layout.topology.hosts)]  # type: ignore[union-attr]
+        args: Any = node.args
+        _, route, towers, _, given = args
+        layout = route.meta["val"].layout
+        sent = [sum(t.width for t in towers if t.group == group) for group in range(layout.topology.hosts)]
         if list(layout.outputs) != sent:
             yield f"{node.name} gives {sent} columns by group, but {list(layout.outputs)} are exchanged"
-        for tower in towers:  # type: ignore[union-attr]
+        for tower in towers:
             away = set(tower.features) - set(layout.group_features(tower.group))
             if away:
                 yield f"{node.name} takes features {sorted(away)} in group {tower.group}, which does not hold them"
-            for source in nodes_in(given[tower.region]) if tower.region >= 0 else ():  # type: ignore[index]
+            for source in nodes_in(given[tower.region]) if tower.region >= 0 else ():
                 bucket = source.args[0] if source.args else None
-                if isinstance(bucket, fx.Node) and bucket.target is ex.synchronize_tower:
-                    if bucket.args[2] != tower.group:
-                        yield f"{source.name} is summed over group {bucket.args[2]}, expected {tower.group}"
+                summed = isinstance(bucket, fx.Node) and bucket.target is ex.synchronize_tower
+                if isinstance(bucket, fx.Node) and summed and bucket.args[2] != tower.group:
+                    yield f"{source.name} is summed over group {bucket.args[2]}, expected {tower.group}"

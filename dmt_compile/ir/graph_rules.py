@@ -161,14 +161,6 @@ def regions(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
         if node.op not in ("call_function", "call_method") or outside:
             continue
         if isinstance(value, torch.Tensor) and value.requires_grad:
-            dense = [n.name for n in map(_behind_averaging, node.all_input_nodes) if n.name in ctx.parameters]
+            dense = [n.name for n in map(ex.behind_averaging, node.all_input_nodes) if n.name in ctx.parameters]
             if dense:
                 yield f"{node.name} computes on {dense} outside every dense region"
-
-
-def _behind_averaging(node: fx.Node) -> fx.Node:
-    """Return the parameter that a node is, where it passed through gradient averaging."""
-    bucket = node.args[0] if node.target is operator.getitem else None
-    if isinstance(bucket, fx.Node) and bucket.target in (ex.synchronize, ex.synchronize_tower):
-        return nodes_in(bucket.args[0])[node.args[1]]  # type: ignore[index]
-    return node

@@ -145,7 +145,9 @@ def _family(
         for user in node.users if name in inside else ():
             if user not in local and user not in joined:
                 raise NoFamily(f"feature {name} is also used apart from the join", user)
-    chains = {name: [n for n, owner in local.items() if owner == name and n.target is not ops.lookup] for name in features}
+    chains = {
+        name: [n for n, owner in local.items() if owner == name and n.target is not ops.lookup] for name in features
+    }
     pairs = {node: found for node, parts in chosen.items() if (found := _pairs(node)) is not None}
     return Family(features, chosen, chains, pairs)
 

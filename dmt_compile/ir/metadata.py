@@ -79,10 +79,7 @@ class FakeEnvironment:
             if op == "call_module":
                 module = gm.get_submodule(target)
                 return module.fake_call(self, *args) if hasattr(module, "fake_call") else module(*args, **kwargs)  # type: ignore[operator]
-            attribute = torch_internals.attribute(gm, target)
-            if isinstance(attribute, torch.nn.Parameter):
-                return self.adopt(attribute)
-            return self.mode.from_tensor(attribute) if isinstance(attribute, torch.Tensor) else attribute
+            return self.adopt(torch_internals.attribute(gm, target))  # its sizes are what they are, not symbols
 
     def annotate(self, gm: fx.GraphModule) -> None:
         """Give every node a value; placeholders keep theirs, or adopt Dynamo's."""

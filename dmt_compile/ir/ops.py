@@ -125,7 +125,8 @@ def lookup(
     meaning of every argument.
     """
     if torch_internals.is_fake(table):  # a transformed model is traced again
-        return _fake_lookup(FreshSizes(lambda: 0), table, ids, offsets, weights, how)  # type: ignore[arg-type, return-value]
+        traced: torch.Tensor = _fake_lookup(FreshSizes(lambda: 0), table, ids, offsets, weights, how)  # type: ignore[arg-type, return-value]
+        return traced
     if how.last_offset and ids is not None and offsets is not None:
         ids, offsets = trim([ids], [offsets], [how])[0], offsets[:-1]
     bags = 0 if ids is None else len(ids) if offsets is None else len(offsets)

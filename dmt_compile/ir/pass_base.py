@@ -228,11 +228,14 @@ def nodes_in(value: Any) -> list[fx.Node]:
 
 def erase_unused(gm: fx.GraphModule, node: fx.Node) -> None:
     """Erase a node without users, and what it alone used; operators of ours too, which no clean-up would drop."""
-    sources = node.all_input_nodes
-    if not node.users and node.op not in ("placeholder", "output"):
-        gm.graph.erase_node(node)
-        for source in sources:
-            erase_unused(gm, source)
+    erased: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node not in erased and not node.users and node.op not in ("placeholder", "output"):
+            stack += node.all_input_nodes
+            gm.graph.erase_node(node)
+            erased.add(node)
 
 
 def sort_graph(gm: fx.GraphModule) -> None:

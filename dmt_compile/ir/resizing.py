@@ -85,7 +85,7 @@ class Resizing:
         """
         changed = True
         while changed:
-            changed = any([self._follow(relation) for relation in self._relations])
+            changed = sum(self._follow(relation) for relation in self._relations) > 0
         for axis, (reason, node) in self._frozen.items():
             root = self._root(axis)
             if root in self._new and self._new[root] != self._old(root):
@@ -237,7 +237,7 @@ class Resizing:
     def _cat(self, node: fx.Node) -> None:
         parts = [n for n in node.args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
         rank = node.meta["val"].ndim
-        dim = int(node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)) % rank  # type: ignore[call-overload]
+        dim = _given_dim(node, 0) % rank
         for part in parts:
             for other in range(rank):
                 if other != dim:
@@ -250,7 +250,7 @@ class Resizing:
 
     def _stack(self, node: fx.Node) -> None:
         rank = node.meta["val"].ndim
-        dim = int(node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)) % rank  # type: ignore[call-overload]
+        dim = _given_dim(node, 0) % rank
         for part in (n for n in node.args[0] if isinstance(n, fx.Node)):  # type: ignore[union-attr]
             for other in range(rank - 1):
                 self._same((part, other), (node, other + (other >= dim)))
@@ -262,7 +262,8 @@ class Resizing:
             given = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
             order = [int(dim) % rank for dim in given]  # type: ignore[arg-type]
         else:
-            a, b = [int(d) % rank for d in node.args[1:3]] if name in ("transpose", "swapaxes") else (rank - 2, rank - 1)  # type: ignore[arg-type]
+            given = node.args[1:3] if name in ("transpose", "swapaxes") else (-2, -1)
+            a, b = (int(dim) % rank for dim in given)  # type: ignore[arg-type]
             order = list(range(rank))
             order[a], order[b] = order[b], order[a]
         for dim, source in enumerate(order):
@@ -273,7 +274,7 @@ class Resizing:
 
     def _unsqueeze(self, node: fx.Node) -> None:
         x, rank = _operand(node), node.meta["val"].ndim
-        at = int(node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)) % rank  # type: ignore[call-overload]
+        at = _given_dim(node, 0) % rank
         for dim in range(rank - 1):
             self._same((x, dim), (node, dim + (dim >= at)))
 
@@ -387,8 +388,12 @@ class Resizing:
                 self._freeze((operand, dim), node, "attention has a fixed width")
         for dim in range(3):
             self._same((query, dim), (node, 0, dim))
-        for operand in node.args[1:3]:
-            self._same((operand, 0), (query, 0))
+        for other in node.args[1:3]:
+            self._same((other, 0), (query, 0))
+
+
+def _given_dim(node: fx.Node, default: int) -> int:
+    return int(node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else default))  # type: ignore[arg-type]
 
 
 def _operand(node: fx.Node) -> fx.Node:

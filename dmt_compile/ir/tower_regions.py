@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,7 +14,7 @@ from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
 from dmt_compile.ir.embedding_graph import source_line
-from dmt_compile.ir.pass_base import PassContext, calls, erase_unused
+from dmt_compile.ir.pass_base import PassContext, calls, erase_unused, nodes_in
 from dmt_compile.runtime.regions import DenseRegion
 
 
@@ -78,6 +79,23 @@ class TowerRegions:
             erase_unused(gm, module.output)
 
 
+def held_by_one_group(gm: fx.GraphModule, ctx: PassContext) -> dict[fx.Node, int]:
+    """Return the parameters and buffers that only Tower Modules of one tower group read, and that group."""
+    groups: dict[fx.Node, set[int]] = {}
+    for run in calls(gm, ex.run_towers):
+        towers: Any = run.args[2]
+        given: Any = run.args[4]
+        for tower in towers:
+            for node in given[tower.region] if tower.region >= 0 else ():
+                groups.setdefault(ex.behind_averaging(node), set()).add(tower.group)
+    inside = (ex.run_towers, ex.synchronize_tower)
+    return {
+        node: groups[node].pop()
+        for node in list(groups)
+        if node.name in ctx.parameters and len(groups[node]) == 1 and all(u.target in inside for u in node.users)
+    }
+
+
 def find_towers(gm: fx.GraphModule, ctx: PassContext, lookups: Sequence[fx.Node]) -> TowerRegions:
     """Return the Tower Modules that read some of ``lookups``, which are exchanged together.
 
@@ -86,7 +104,7 @@ def find_towers(gm: fx.GraphModule, ctx: PassContext, lookups: Sequence[fx.Node]
     """
     assert ctx.plan is not None
     outputs = {node.args[1]: node for node in calls(gm, ops.tower_output)}
-    inputs = [n for n in calls(gm, ops.tower_input) if n.args[0][0] in lookups]  # type: ignore[index]
+    inputs = [n for n in calls(gm, ops.tower_input) if nodes_in(n.args[0])[0] in lookups]
     if not inputs:
         return TowerRegions()
     modules = [_module(gm, ctx, node, outputs[node.args[1]]) for node in inputs]
@@ -138,11 +156,12 @@ def _region(gm: fx.GraphModule, ctx: PassContext, module: TowerModule) -> DenseR
     """Copy a module's operators into a region: its features (P, W), then its parameters, to (P, O)."""
     graph = fx.Graph()
     start = graph.placeholder("embs")
-    start.meta["val"] = module.input.meta["val"].new_empty(ctx.environment.fresh_size(), module.input.meta["val"].shape[1])
+    before = module.input.meta["val"]
+    start.meta["val"] = before.new_empty(ctx.environment.fresh_size(), before.shape[1])
     copies: dict[fx.Node, fx.Node] = {module.input: start}
     for node in module.given:
         copies[node] = graph.placeholder(node.name)
-    samples = torch_internals.canonical_expression(module.input.meta["val"].shape[0])
+    samples = torch_internals.canonical_expression(before.shape[0])
 
     def copied(node: fx.Node) -> fx.Node:
         if node not in copies:  # a size: this rank's samples outside are its peers' samples here

@@ -81,8 +81,9 @@ def group_by_interaction(
 
 
 def targets(resources: Sequence[Sequence[float]], groups: int, limit: float) -> list[float]:
-    """Return bounds of ``limit`` times the mean, or what no assignment can beat where that is more."""
-    return [max(limit, bound) for bound in lower_bounds(relative_weights(resources, groups), groups)]
+    """Return bounds of ``limit`` times the mean; of ``limit`` times the best that can be, where that is no less."""
+    best = lower_bounds(relative_weights(resources, groups), groups)
+    return [limit if bound <= limit else limit * bound for bound in best]
 
 
 def _spectral_embedding(worth_TT: Floats, groups: int) -> Floats:

@@ -46,8 +46,8 @@ def make_plan(
             names per tower is taken as it is. All but ``"strided"`` even out a tower's tables over its ranks.
         interactions: of the tables, for ``"coherent"`` and ``"diverse"``.
         max_imbalance: the most bytes moved, weights and rows read of a ``"coherent"`` or ``"diverse"`` tower, relative
-            to the mean tower. ``None`` is 1.1, or what can be reached where tables do not allow that; a number must
-            be kept.
+            to the mean tower. ``None`` is 1.1, where tables are too uneven for that 1.1 times the least that they
+            allow; a number must be kept.
         memory_bytes: the most bytes of weights on a rank.
         seed: of the search for ``"coherent"`` and ``"diverse"`` towers.
 
@@ -174,16 +174,17 @@ def _interacting(
         f" over {interactions.samples:,} samples" if interactions.samples else ""
     )
     limit = bound.imbalance or MAX_IMBALANCE
-    over = [
-        f"no more even for {what}: table {tables[needs.index(max(needs))].name} alone has "
-        f"{max(needs) * number / sum(needs):.2f}x the mean tower"
-        for what, needs, peak in zip(_RESOURCES, resources, peaks, strict=True)
-        if peak > limit + 1e-6
-    ]
+    over = []
+    for what, needs, peak in zip(_RESOURCES, resources, peaks, strict=True):
+        if peak > limit + 1e-6:
+            alone = max(needs) * number / sum(needs)
+            largest = f"table {tables[needs.index(max(needs))].name} alone has {alone:.2f}x the mean tower"
+            whole = f"whole tables do not share out evenly, {len(tables)} in {number} towers"
+            over.append(f"{what} could not be within {limit:.2f}x: {largest if alone > limit else whole}")
     return bins, (
         f"{strategy} towers by {measured}: {share:.1%} of it is inside towers, {strided:.1%} with strided ones",
-        f"within {limit:.2f}x the mean tower where possible: bytes moved {peaks[0]:.2f}x, weights {peaks[1]:.2f}x, "
-        f"rows read {peaks[2]:.2f}x",
+        f"largest tower against the mean one: bytes moved {peaks[0]:.2f}x, weights {peaks[1]:.2f}x, rows read "
+        f"{peaks[2]:.2f}x; bound {limit:.2f}x",
         *over,
     )
 

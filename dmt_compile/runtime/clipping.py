@@ -19,8 +19,9 @@ def clip_grad_norm_(
 ) -> torch.Tensor:
     """Clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_`` does for the flat model.
 
-    Dense gradients, equal on every rank after the backward pass, count once; each rank adds its own tables. Sparse
-    gradients are coalesced first. PyTorch's own function would compute another norm on every rank.
+    Dense gradients, equal on every rank after the backward pass, count once; each rank adds its own tables, the first
+    rank of a tower its Tower Module. Sparse gradients are coalesced first. PyTorch's own function would compute another
+    norm on every rank.
 
     Args:
         parameters: the model's parameters; the same on every rank.
@@ -39,16 +40,20 @@ def clip_grad_norm_(
     """
     listed = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     tables = [p for p in listed if isinstance(p, ShardedTable)]
+    state = next((s for s in map(state_of, tables) if s is not None), None)
     dense_norms: list[torch.Tensor] = []
-    table_norms: list[torch.Tensor] = []
+    own_norms: list[torch.Tensor] = []  # of what this rank alone counts
     for parameter in listed:
         if parameter.grad is None:
             continue
         if parameter.grad.layout == torch.sparse_coo and not parameter.grad.is_coalesced():
             parameter.grad = parameter.grad.coalesce()
-        norms = table_norms if isinstance(parameter, ShardedTable) else dense_norms
+        leader = None if state is None else state.leader(parameter)
+        if state is not None and leader not in (None, state.world.rank):
+            continue
+        norms = dense_norms if leader is None and not isinstance(parameter, ShardedTable) else own_norms
         norms.append(torch.linalg.vector_norm(_values(parameter.grad).float(), norm_type))
-    device = (dense_norms + table_norms)[0].device if dense_norms or table_norms else torch.device("cpu")
+    device = (dense_norms + own_norms)[0].device if dense_norms or own_norms else torch.device("cpu")
     infinite = norm_type == float("inf")
 
     def combine(norms: list[torch.Tensor]) -> torch.Tensor:
@@ -57,13 +62,12 @@ def clip_grad_norm_(
         stacked = torch.stack(norms)
         return stacked.max() if infinite else stacked.pow(norm_type).sum()
 
-    from_tables = combine(table_norms)
-    state = next((s for s in map(state_of, tables) if s is not None), None)
+    from_ranks = combine(own_norms)
     if state is not None:
-        wire = from_tables.to(state.world.device)
-        from_tables = state.world.all_reduce(wire, "clip_grad_norm_", maximum=infinite).to(device)
+        wire = from_ranks.to(state.world.device)
+        from_ranks = state.world.all_reduce(wire, "clip_grad_norm_", maximum=infinite).to(device)
     from_dense = combine(dense_norms)
-    total = torch.maximum(from_dense, from_tables) if infinite else (from_dense + from_tables).pow(1 / norm_type)
+    total = torch.maximum(from_dense, from_ranks) if infinite else (from_dense + from_ranks).pow(1 / norm_type)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise RuntimeError(
             f"clip_grad_norm_: expected a finite norm of order {norm_type}, found {total.item()}; "

@@ -22,13 +22,21 @@ from dmt_compile.config import Options
 from dmt_compile.errors import DmtError, UnsupportedGraphError
 from dmt_compile.inspection.dumps import GraphDump
 from dmt_compile.ir.embedding_graph import Table
-from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir.pass_base import calls, nodes_in
+from dmt_compile.ir.pass_base import calls
 from dmt_compile.ir.stages import Stage
+from dmt_compile.ir.tower_regions import held_by_one_group
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.agreement import agree, describe_options, signature
 from dmt_compile.runtime.program import Program
-from dmt_compile.runtime.session import Passes, Session, attach_towers, guard_towers, next_dump, note_without_tables, plan_for
+from dmt_compile.runtime.session import (
+    Passes,
+    Session,
+    attach_towers,
+    guard_towers,
+    next_dump,
+    note_without_tables,
+    plan_for,
+)
 from dmt_compile.runtime.sharding import guard_state_dict, replicate, shard_tables
 from dmt_compile.runtime.tables import ShardedTable
 from dmt_compile.runtime.world import ProcessWorld
@@ -45,20 +53,25 @@ _LOCAL_OPTIONS = ("dump_dir",)  # may differ between ranks
 class ModelState:
     """What the ranks agreed on for one model, and what its programs do about dense parameters.
 
-    ``synchronized``: those whose gradients a program averages over all ranks. ``towers``: the groups of those whose
-    gradients it sums over the ranks of a tower, which alone train them. Both by identity.
+    ``synchronized``: those whose gradients a program averages over all ranks. ``towers``: the tower group of a Tower
+    Module's parameters and buffers, whose ranks alone run and train it. Both by identity.
     """
 
     plan: TowerPlan
     world: ProcessWorld
     synchronized: dict[int, torch.Tensor] = field(default_factory=dict)
-    towers: dict[int, set[int]] = field(default_factory=dict)
+    towers: dict[int, int] = field(default_factory=dict)
     hooks: dict[int, Any] = field(default_factory=dict)
     steps: int = 0
     newly_sharded: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
         return self  # a copied model keeps its place among the ranks
+
+    def leader(self, tensor: torch.Tensor) -> int | None:
+        """The first rank of those that alone hold a Tower Module's parameter or buffer; ``None`` for any other."""
+        group = self.towers.get(id(tensor))
+        return None if group is None else group * self.plan.tower_groups().local_ranks
 
     def checksum(self) -> int:
         """Return a number that is equal on all ranks as long as the dense replicas are; 0 in most steps."""
@@ -181,10 +194,9 @@ class DistributedSession(Session):
             # The analysis that ended in sharding is cyclic garbage; its weak references would forbid `.to()`.
             gc.collect()
             state.newly_sharded = False
+        of_towers = held_by_one_group(capture.gm, ctx)
+        state.towers.update({id(ctx.parameters[node.name]): group for node, group in of_towers.items()})
         if ctx.training:
-            for node in calls(capture.gm, ex.synchronize_tower):
-                for parameter in (ctx.parameters[n.name] for n in nodes_in(node.args[0])):
-                    state.towers.setdefault(id(parameter), set()).add(int(node.args[2]))  # type: ignore[arg-type]
             averaged = {
                 id(p): p
                 for p in ctx.parameters.values()

@@ -9,7 +9,7 @@ from torch import nn
 
 from dmt_compile.errors import CheckpointError
 from dmt_compile.plan import parameter_of
-from dmt_compile.runtime.distributed_session import state_of
+from dmt_compile.runtime.distributed_session import ModelState, state_of
 from dmt_compile.runtime.sharding import sharded_state_allowed
 from dmt_compile.runtime.tables import ShardedTable
 
@@ -22,7 +22,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         On rank 0 (and in one process) a dict that ``load_state_dict`` of the plain flat model takes; tables on the CPU.
-        ``{}`` on the other ranks.
+        ``{}`` on the other ranks. Tower Modules come beside it, as ``dmt_towers.*``.
 
     Raises:
         CheckpointError: a table is sharded by another model's plan.
@@ -42,11 +42,23 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, ShardedTable):
             gathered = _gather(value)
+        elif isinstance(value, torch.Tensor):
+            gathered = _from_tower(states[0], name, value)
         else:
-            gathered = value.detach() if isinstance(value, torch.Tensor) else value
+            gathered = value
         if rank == 0:
             full[name] = gathered
     return full
+
+
+def _from_tower(state: ModelState, name: str, value: torch.Tensor) -> torch.Tensor:
+    """Return, on rank 0, what a Tower Module's own ranks have; anything else as it is."""
+    leader = state.leader(value)
+    if not leader:
+        return value.detach()
+    wire = value.detach().to(state.world.device, copy=True)
+    state.world.move(wire, leader, 0, f"gathering {name}")
+    return wire.to(value.device)
 
 
 def _gather(table: ShardedTable) -> torch.Tensor | None:

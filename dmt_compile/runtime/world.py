@@ -70,9 +70,7 @@ class World(Protocol):
     ) -> torch.Tensor:
         """Exchange slices of a 1-D tensor among the ranks of ``group``."""
 
-    def all_reduce(
-        self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world"
-    ) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world") -> torch.Tensor:
         """Sum a tensor over the ranks of ``group``, in place; or take the maximum."""
 
     def broadcast(self, tensor: torch.Tensor, label: str) -> None:
@@ -131,13 +129,11 @@ class ProcessWorld:
             self.ledger.add(label, direction, self.topology, self.rank, target, count * sent.element_size())
         return received
 
-    def all_reduce(
-        self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world"
-    ) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world") -> torch.Tensor:
         reduction = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
         with self._named(label, group):
             work = dist.all_reduce(tensor, reduction, group=self._groups[group], async_op=True)
-            self._wait(work, label, group)
+            self._wait(work, label, group, counted=group == "world")
         self.ledger.add_all_reduce(label, self.topology, self.rank, tensor.nbytes, self._members[group])
         return tensor
 
@@ -153,8 +149,9 @@ class ProcessWorld:
             elif self.rank == target:
                 self._wait(dist.irecv(tensor, source, group=self._groups["world"]), label, "world")
 
-    def _wait(self, work: Any, label: str, group: str) -> None:
-        self._collectives += 1
+    def _wait(self, work: Any, label: str, group: str, counted: bool = True) -> None:
+        """Wait for a collective; ``counted``: every rank takes part in one like it at this point of the step."""
+        self._collectives += counted
         if dist.get_backend(self._groups[group]) == "nccl":
             work.wait()  # ordered on the stream; NCCL's own watchdog holds the deadline
         else:

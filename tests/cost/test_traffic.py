@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dmt_compile.errors import PlanError
 from dmt_compile.partition.assign import make_plan
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.topology import Topology
+from tests.models import DLRM, make_batch
 
 MIB = 2**20
 
@@ -229,6 +231,37 @@ def test_the_model_of_traffic_is_what_the_program_sends(topology: str, towers: i
     for key, hop in expected.items():
         assert sent[key] == {"intra": hop.intra_bytes, "cross": hop.cross_bytes}, key
     assert sum(sent["ids", "forward"].values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("topology", "options"),
+    [
+        ("2x2", {"tower_module": "dlrm", "tower_module_options": {"dim": 4}}),
+        ("4x1", {"tower_module": "dcn", "towers": 2}),
+        ("2x2", {"tower_module": "dot", "tower_module_options": {"dim": 4}, "towers": 4}),
+    ],
+)
+def test_tower_modules_send_what_the_plan_says(topology: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, world = DLRM(), SimulatedWorld(topology)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [3, 1, 4, 2]
+    batches = [make_batch(model, size, generator) for size in sizes]
+    plan = dmt_compile.plan(model, batches[0], topology, **options)
+    outputs = world.run(model, batches, dense_compiler="eager", **options)
+    sum(output.sum() for output in outputs).backward()
+    traffic = embedding_traffic(plan, sizes)
+    peer = [hop for hop in traffic.sptt_tm if hop.name == "peer tower outputs"]
+    sent = [world.ledger.records["peer", hop.direction, "cross"] for hop in peer]
+    assert sent == [hop.cross_bytes for hop in peer]
+    flat = next(hop for hop in traffic.sptt if hop.name == "peer embeddings")
+    assert 0 < sent[0] < flat.cross_bytes
+    assert traffic.bytes_per_link().keys() == {"flat", "sptt", "sptt+tm"}
+    explained = dmt_compile.explain(model, batches[0], topology, **options)
+    assert explained.bytes_per_link["sptt+tm"] == bytes_per_link(explained.plan, sizes[0])["sptt+tm"]
+    # Tower Modules' gradients stay among their tower's ranks: with one tower a host, inside it.
+    across = world.ledger.records["synchronize_tower", "backward", "cross"]
+    assert (across > 0) == (topology == "4x1")
 
 
 def test_fractional_pooling_rounds_to_whole_bytes() -> None:

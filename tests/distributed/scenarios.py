@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import dmt_compile
 from dmt_compile.runtime.tables import ShardedTable
-from tests.models import DLRM, Mixture, concatenate, dense_of, make_batch
+from tests.models import DLRM, Mixture, Projected, concatenate, dense_of, make_batch
 
 OPTIONS = {"dense_compiler": "eager", "first_timeout_s": 60.0, "timeout_s": 10.0}
 SIZES = ([4, 3, 2, 5], [1, 2, 3, 4], [0, 3, 1, 1], [5, 5, 5, 5], [2, 0, 0, 1])  # local batches of five steps
@@ -123,6 +123,54 @@ def train_every_lookup(rank: int, topology: str, built_after: bool) -> dict[str,
         worst["weights"] = max(difference(state[name], value) for name, value in flat.state_dict().items())
         Mixture().load_state_dict(state)
     return {**worst, "graphs": counters["stats"]["unique_graphs"]}
+
+
+def train_towers(rank: int, shared: bool, topology: str, clip: float | None, **options: Any) -> dict[str, Any]:
+    """Train with Tower Modules beside the towered model of one process, each rank's loss weighing 1 / ranks."""
+    world = dist.get_world_size()
+    build = Projected if shared else DLRM
+    torch.manual_seed(rank)  # rank 0's initial values must win
+    model = build()
+    torch.manual_seed(0)
+    flat = build()
+    generator = torch.Generator().manual_seed(5)
+    first = make_batch(model, 3, generator)
+    towered = dmt_compile.transform(flat, first, dmt_compile.plan(flat, first, topology, **options))
+    step_model = compiled(model, topology=topology, **options)
+    dmt_compile.warmup(step_model, first)
+    own, theirs = (torch.optim.Adagrad(m.parameters(), 0.1) for m in (model, towered))
+    of_reference = dict(towered.named_parameters())
+    worst = {"output": 0.0, "gradient": 0.0, "norm": 0.0, "weights": 0.0}
+    trained = set()
+    for sizes in SIZES:
+        batches = [make_batch(model, size, generator) for size in sizes[:world]]
+        output = step_model(*batches[rank])
+        expected = [towered(*batch) for batch in batches]
+        worst["output"] = max(worst["output"], difference(output, expected[rank]))
+        output.square().sum().backward()
+        (sum(out.square().sum() for out in expected) / world).backward()
+        for name, parameter in model.named_parameters():
+            reference = of_reference[name.removeprefix("dmt_towers.replaced.")]
+            if parameter.grad is not None and parameter.shape == reference.shape:
+                trained.add(name)
+                worst["gradient"] = max(worst["gradient"], gradient_difference(parameter, reference))
+        if clip is not None:
+            norm = dmt_compile.clip_grad_norm_(model.parameters(), clip)
+            worst["norm"] = max(worst["norm"], difference(norm, clip_flat(towered, clip)))
+        for optimizer in (own, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        step_model.eval()
+        towered.eval()
+        batches = [make_batch(model, 2 + rank, generator) for rank in range(world)]
+        worst["output"] = max(worst["output"], difference(step_model(*batches[rank]), towered(*batches[rank])))
+    state = dmt_compile.full_state_dict(step_model)
+    for name, value in towered.state_dict().items() if rank == 0 else ():
+        mine = state.get(f"dmt_towers.replaced.{name}", state[name])
+        worst["weights"] = max(worst["weights"], difference(mine, value))
+    towers = {name.split(".")[1] for name in trained if name.startswith("dmt_towers.tower")}
+    return {**worst, "towers": sorted(towers), "graphs": counters["stats"]["unique_graphs"]}
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
@@ -47,6 +50,41 @@ def test_lookups_of_every_kind_train_as_the_flat_model_s(topology: str, built_af
         assert result["gradient"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
         assert result["graphs"] == 2
     assert results[0]["weights"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
+
+
+DLRM_TOWERS = {"tower_module": "dlrm", "tower_module_options": {"dim": 4}}
+
+
+@pytest.mark.parametrize(
+    ("topology", "shared", "clip", "options", "towers"),
+    [
+        ("2x2", False, 0.5, DLRM_TOWERS, [["tower0"], ["tower0"], ["tower1"], ["tower1"]]),
+        (
+            "4x1",
+            True,
+            None,
+            {"tower_module": "dlrm"},
+            [[], [], ["tower2"], []],
+        ),  # a tower of one feature has no parameters
+        (
+            "2x2",
+            True,
+            0.5,
+            {"tower_module": "dot", "towers": 4},
+            [[], [], ["tower2"], ["tower2"]],
+        ),
+        ("4x1", False, None, {"tower_module": "dcn", "towers": 2}, [["tower0"]] * 2 + [["tower1"]] * 2),
+    ],
+)
+def test_towers_train_as_the_towered_model_of_one_process(
+    topology: str, shared: bool, clip: float | None, options: dict[str, Any], towers: list[list[str]]
+) -> None:
+    results = values(run_ranks(partial(scenarios.train_towers, **options), 4, shared, topology, clip))
+    for result in results:
+        assert result["output"] <= FORWARD[torch.float32] * LONGEST_SUM**0.5
+        for name in ("gradient", "norm", "weights"):
+            assert result[name] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5, name
+    assert [result["towers"] for result in results] == towers  # only a tower's own ranks train it
 
 
 def test_batches_of_any_size_share_two_graphs_on_every_rank() -> None:

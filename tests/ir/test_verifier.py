@@ -6,7 +6,9 @@ import copy
 import operator
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,12 +30,33 @@ from tests.passes._harness import Captured, capture, dlrm
 README = Path(__file__).parents[2] / "passes" / "README.md"
 Plant = Callable[[Captured], str]  # plants a fault and returns what the error must name
 SINCE = {rule.id: rule.since for rule in RULES}
-FAULTS: list[tuple[str, str, str, Plant]] = []  # (rule, topology, last pass before the fault, plant)
+TOWERS = {"tower_module": "dlrm", "tower_module_options": {"dim": 4}}
 
 
-def fault(rule: str, topology: str, after: str) -> Callable[[Plant], Plant]:
+@dataclass(frozen=True)
+class Fault:
+    """A rule, a graph and the last pass before a fault that breaks the rule is planted into it."""
+
+    rule: str
+    topology: str
+    after: str
+    options: dict[str, Any]
+    plant: Plant
+
+    def graph(self) -> tuple[Captured, Stage]:
+        """Return the graph, still valid, and the stage that it is held to."""
+        graph = dlrm(self.topology, **self.options)
+        graph.advance(self.after)
+        gives = next(step.gives for step in passes_in_order(graph.ctx.options) if step.name == self.after)
+        return graph, max(gives, SINCE[self.rule])
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(rule: str, topology: str, after: str, **options: Any) -> Callable[[Plant], Plant]:
     def register(plant: Plant) -> Plant:
-        FAULTS.append((rule, topology, after, plant))
+        FAULTS.append(Fault(rule, topology, after, options, plant))
         return plant
 
     return register
@@ -203,6 +226,47 @@ def a_table_in_two_towers(graph: Captured) -> str:
     return "table emb.0 is in 2 towers"
 
 
+@fault("towers", "2x2", "insert_tower_modules", **TOWERS)
+def a_tower_that_reads_another_towers_feature(graph: Captured) -> str:
+    plan = graph.ctx.plan
+    assert plan is not None
+    first, second = calls(graph.gm, ops.tower_input)
+    mine, theirs = first.args[0], second.args[0]
+    first.update_arg(0, [theirs[0], *mine[1:]])  # type: ignore[index]
+    return f"{first.name} of tower0 reads {theirs[0].name}, whose table is in another tower"  # type: ignore[index, union-attr]
+
+
+@fault("towers", "2x2", "insert_tower_modules", **TOWERS)
+def a_tower_without_output(graph: Captured) -> str:
+    out = graph.node(ops.tower_output)
+    out.replace_all_uses_with(out.args[0])  # type: ignore[arg-type]
+    graph.gm.graph.erase_node(out)
+    return "tower0 has 0 outputs"
+
+
+@fault("towers-apart", "2x2", "lower_to_sptt", **TOWERS)
+def a_tower_that_runs_in_another_group(graph: Captured) -> str:
+    run = graph.node(ex.run_towers)
+    first, second = run.args[2]  # type: ignore[misc]
+    run.update_arg(2, (first._replace(features=second.features), second._replace(features=first.features)))
+    return f"{run.name} takes features {re.escape(str(list(second.features)))} in group 0, which does not hold them"
+
+
+@fault("towers-apart", "2x2", "lower_to_sptt", **TOWERS)
+def a_tower_that_sends_other_columns(graph: Captured) -> str:
+    run = graph.node(ex.run_towers)
+    first, *others = run.args[2]  # type: ignore[misc]
+    run.update_arg(2, (first._replace(width=first.width + 1), *others))
+    return f"{run.name} gives .* columns by group, but .* are exchanged"
+
+
+@fault("towers-apart", "2x2", "sync_dense_gradients", **TOWERS)
+def a_tower_summed_over_another_group(graph: Captured) -> str:
+    together = graph.node(ex.synchronize_tower)
+    together.update_arg(2, 1 - together.args[2])  # type: ignore[operator]
+    return "is summed over group 1, expected 0"
+
+
 @fault("placed", "2x2", "lower_to_sptt")
 def a_table_without_placement(graph: Captured) -> str:
     del graph.input("emb.1.weight").meta["shards"]
@@ -339,19 +403,14 @@ def a_dense_node_outside_every_region(graph: Captured) -> str:
     return rf"mul computes on \['{bias.name}'\] outside every dense region"
 
 
-@pytest.mark.parametrize(
-    ("rule", "topology", "after", "plant"), FAULTS, ids=[f"{f[0]}-{f[3].__name__}" for f in FAULTS]
-)
-def test_a_planted_fault_is_found(rule: str, topology: str, after: str, plant: Plant) -> None:
-    graph = dlrm(topology)
-    graph.advance(after)
-    stage = next(step.gives for step in passes_in_order(graph.ctx.options) if step.name == after)
-    stage = max(stage, next(r.since for r in RULES if r.id == rule))
-    verify(graph.gm, graph.ctx, stage, after)  # valid until now
-    named = plant(graph)
-    text = f"^{after}: expected stage {stage.name.lower()}, found rule '{rule}' broken: .*{named}.*Rule: .* bug of dmt"
-    with pytest.raises(VerifyError, match=text):
-        verify(graph.gm, graph.ctx, stage, after)
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{f.rule}-{f.plant.__name__}" for f in FAULTS])
+def test_a_planted_fault_is_found(fault: Fault) -> None:
+    graph, stage = fault.graph()
+    verify(graph.gm, graph.ctx, stage, fault.after)  # valid until now
+    named = fault.plant(graph)
+    text = f"^{fault.after}: expected stage {stage.name.lower()}, found rule '{fault.rule}' broken: .*{named}"
+    with pytest.raises(VerifyError, match=f"{text}.*Rule: .* bug of dmt"):
+        verify(graph.gm, graph.ctx, stage, fault.after)
 
 
 # Faults that break another rule as well: which, and why.
@@ -362,27 +421,21 @@ SEEN_AGAIN = {
 }
 
 
-@pytest.mark.parametrize(
-    ("rule", "topology", "after", "plant"), FAULTS, ids=[f"{f[0]}-{f[3].__name__}" for f in FAULTS]
-)
-def test_without_its_rule_a_planted_fault_goes_unnoticed(
-    rule: str, topology: str, after: str, plant: Plant, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verifier, "RULES", tuple(r for r in RULES if r.id != rule))
-    graph = dlrm(topology)
-    graph.advance(after)
-    stage = max(next(s.gives for s in passes_in_order(graph.ctx.options) if s.name == after), SINCE[rule])
-    plant(graph)
-    if plant.__name__ in SEEN_AGAIN:
-        other, _ = SEEN_AGAIN[plant.__name__]
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{f.rule}-{f.plant.__name__}" for f in FAULTS])
+def test_without_its_rule_a_planted_fault_goes_unnoticed(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifier, "RULES", tuple(r for r in RULES if r.id != fault.rule))
+    graph, stage = fault.graph()
+    fault.plant(graph)
+    if fault.plant.__name__ in SEEN_AGAIN:
+        other, _ = SEEN_AGAIN[fault.plant.__name__]
         with pytest.raises(VerifyError, match=f"found rule '{other}' broken"):
-            verify(graph.gm, graph.ctx, stage, after)
+            verify(graph.gm, graph.ctx, stage, fault.after)
     else:
-        verify(graph.gm, graph.ctx, stage, after)
+        verify(graph.gm, graph.ctx, stage, fault.after)
 
 
 def test_every_rule_has_a_planted_fault() -> None:
-    assert {name for name, *_ in FAULTS} == {rule.id for rule in RULES}
+    assert {fault.rule for fault in FAULTS} == {rule.id for rule in RULES}
     assert len({rule.id for rule in RULES}) == len(RULES)
 
 

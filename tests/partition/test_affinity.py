@@ -93,7 +93,7 @@ def test_a_start_beyond_the_bounds_is_mended_first() -> None:
 
 
 def test_targets_are_no_lower_than_what_can_be_reached() -> None:
-    assert targets([[1.0] * 8, [9.0, 1, 1, 1, 1, 1, 1, 1]], 4, 1.1) == [1.1, 2.25]
+    assert targets([[1.0] * 8, [9.0, 1, 1, 1, 1, 1, 1, 1]], 4, 1.1) == pytest.approx([1.1, 2.25 * 1.1])
     assert targets([[0.0, 0.0]], 2, 1.1) == [1.1]
 
 

@@ -44,6 +44,8 @@ class Captured(BaseException):
         ctx = replace(
             self.ctx,
             options=parsed,
+            flat_names=dict(self.ctx.flat_names),  # passes add to them
+            parameters=dict(self.ctx.parameters),
             topology=ranks,
             choose_plan=lambda tables: plan_for(parsed, ranks, tables),
             environment=FakeEnvironment(),

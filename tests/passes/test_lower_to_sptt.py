@@ -41,7 +41,8 @@ def test_the_hops_of_a_topology(topology: str, hops: list[str], permutes: int) -
     assert graph.count(ops.check_batch) == 0  # it rides in the header
     for target in (ex.layout, ex.pack_ids, ex.exchange_headers, ex.route, ex.unpack_ids, ex.join_features):
         assert graph.count(target) == 1
-    hosts, local_ranks, owners, widths, jagged, weighted = graph.node(ex.layout).args
+    hosts, local_ranks, owners, widths, jagged, weighted, outputs = graph.node(ex.layout).args
+    assert outputs == ()  # features are exchanged as they are
     assert f"{hosts}x{local_ranks}" == topology
     assert graph.ctx.plan is not None
     assert owners == tuple(graph.ctx.plan.owner(f"emb.{i}") for i in range(3))
@@ -132,8 +133,8 @@ def test_every_group_has_exchanges_of_its_own() -> None:
     assert list(by_route.values()) == [["ids", "weights", "intra", "peer"], ["ids", "intra", "peer"]]
     layouts = calls(graph.gm, ex.layout)
     assert [node.args[3:] for node in layouts] == [
-        ((4, 3), (True, False), (True, False)),  # widths, jagged, weighted
-        ((2,), (False,), (False,)),
+        ((4, 3), (True, False), (True, False), ()),  # widths, jagged, weighted, Tower Modules' outputs
+        ((2,), (False,), (False,), ()),
     ]
     for target in (ex.pack_ids, ex.exchange_headers, ex.route, ex.unpack_ids, ex.join_features, ops.split_features):
         assert graph.count(target) == 2
@@ -217,7 +218,7 @@ def test_weights_of_several_types_travel_in_the_widest() -> None:
 def test_fields_travel_to_the_owners_of_their_rows() -> None:
     graph = fields("2x2")
     graph.advance("lower_to_sptt")
-    owners, widths, jagged, weighted = graph.node(ex.layout).args[2:]
+    owners, widths, jagged, weighted = graph.node(ex.layout).args[2:6]
     assert graph.ctx.plan is not None
     assert owners == tuple(graph.ctx.plan.owner(f"fields[{rows}]") for rows in ("0:7", "7:12", "12:21"))
     assert len(set(owners)) > 1
