@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,41 +30,72 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import dmt_compile
+from dmt_compile.tower_modules import INITS
 
 PARTITIONS = ("strided", "balanced", "coherent:cosine", "diverse:cosine")
-SIGNALS = ("cosine", "nid", "archdetect")
+STRATEGIES, SIGNALS = ("coherent", "diverse"), ("cosine", "nid", "archdetect")
 COMPRESSIONS = (2, 4, 8, 16)
 TOWERS = (2, 4, 8)
+HEADLINE = (4, 2)
 SEEDS = 9
 PROBE_SEED = 1000  # of the flat model whose embeddings the partitioner sees; no seed of the tables
 PROBE_SAMPLES, PROBE_BATCH = 8192, 2048
 
 
+def variant_of(kind: str, partition: str, towers: int, compression: int, features: int, dim: int) -> Variant | None:
+    """Return a variant that sends at most 1 / compression of the columns of all features; ``None`` where none can.
+
+    ``kind`` is ``"each"`` (a narrower vector of every feature, the paper's DLRM rows), ``"together"`` (p vectors of all
+    features of a tower), ``"dot"`` (a vector of every feature, narrower still, and the products inside the tower), or
+    ``"cross"`` (the DCN's). Even towers are assumed.
+    """
+    if kind == "cross":
+        return Variant(partition, towers, compression, "dcn", {"output": "per_feature", "dim": dim // compression})
+    if kind == "each":
+        return Variant(partition, towers, compression, "dlrm", {"c": 1, "p": 0, "dim": dim // compression})
+    columns = features * dim / compression
+    if kind == "together":
+        vectors = max(1, round(0.45 * math.sqrt(columns / towers)))
+        return Variant(
+            partition, towers, compression, "dlrm", {"c": 0, "p": vectors, "dim": int(columns / towers / vectors)}
+        )
+    sizes = [len(range(tower, features, towers)) for tower in range(towers)]
+    width = int((columns - sum(size * (size - 1) // 2 for size in sizes)) / features)
+    return Variant(partition, towers, compression, "dot", {"c": 1, "p": 0, "dim": width}) if width > 0 else None
+
+
 def variants(model: str, rows: str, features: int, dim: int) -> list[Variant]:
     """Return the variants of a model in the order in which they are trained.
 
-    ``"headline"``: 4 towers, compression 2 and 4. ``"all"``: every number of towers, one per feature too, and every
-    compression. ``"modules"``: kinds of module and initial values, 4 strided towers.
+    ``"flat"``: no towers. ``"paper"``: the paper's modules, 4 strided towers, compression 4 and 2. ``"headline"``: those,
+    and every partition where the module makes use of it. ``"signals"``: what the interactions of coherent and diverse
+    towers are measured by, compression 4. ``"modules"``: kinds of module and initial values, 4 strided towers.
+    ``"all"``: the headline, then every number of towers, one per feature too, and every compression.
     """
+    paper, best = ("each", "dot") if model == "dlrm" else ("cross", "cross")
 
-    def one(partition: str, towers: int, compression: int, **options: Any) -> Variant:
-        width = {"dim": dim // compression, **options}
-        if model == "dcn":
-            return Variant(partition, towers, compression, "dcn", {"output": "per_feature", **width})
-        return Variant(partition, towers, compression, "dlrm", {"c": 1, "p": 0, **width})
+    def make(kind: str, partitions: Sequence[str], towers: Sequence[int], compressions: Sequence[int]) -> list[Variant]:
+        made = [variant_of(kind, p, t, c, features, dim) for t in towers for c in compressions for p in partitions]
+        return [variant for variant in made if variant is not None]
 
-    flat, headline = Variant(), [one(p, 4, c) for c in (2, 4) for p in PARTITIONS]
-    if rows == "flat":
-        return [flat]
-    if rows == "headline":
-        return [flat, *headline]
+    strided = PARTITIONS[:1]
+    part = [Variant()]
+    if rows != "flat":
+        part += make(paper, strided, [4], HEADLINE)
+    if rows == "signals":
+        signalled = [f"{strategy}:{signal}" for signal in SIGNALS for strategy in STRATEGIES]
+        part += make(best, [*strided, *signalled], [4], HEADLINE[:1])
     if rows == "modules":
-        inits = [one("strided", 4, c, init=init) for c in (2, 4) for init in ("shared", "orthogonal", "default")]
-        return [flat, *inits]
-    # One tower a feature is the same under every partition.
-    grid = [one(p, t, c) for t in TOWERS for c in COMPRESSIONS for p in PARTITIONS]
-    singles = [one("strided", features, c) for c in COMPRESSIONS]
-    return [flat, *headline, *[v for v in (*grid, *singles) if v not in headline]]
+        kinds = ("each", "together", "dot") if model == "dlrm" else ("cross",)
+        base = [variant for kind in kinds for variant in make(kind, strided, [4], HEADLINE)]
+        part += [replace(v, options={**v.options, "init": init}) for v in base for init in INITS]
+    if rows in ("headline", "all"):
+        part += make(best, PARTITIONS, [4], HEADLINE)
+    if rows == "all":
+        # One tower a feature is the same under every partition, and has no products inside.
+        part += make(best, PARTITIONS, TOWERS, COMPRESSIONS)
+        part += make(paper, strided, [*TOWERS, features], COMPRESSIONS)
+    return list({variant.key: variant for variant in part}.values())
 
 
 def digest(settings: Settings) -> str:
@@ -111,9 +143,9 @@ class Bench:
     def line(self, model: str, variant: Variant, seed: int, settings: Settings) -> dict[str, Any]:
         """Return the line of a training, without its results."""
         return {
-            "data": self.data.name, "rows": self.data.labels_N.numel(), "model": model, "variant": variant.key,
+            "data": self.data.name, "rows": self.data.labels_N.numel(), "model": model,
             "seed": seed, "settings": json.loads(json.dumps(asdict(settings))),
-            **{k: v for k, v in asdict(variant).items()},
+            **(asdict(variant) | {"variant": variant.key}),
         }  # fmt: skip
 
     def run(self, model: str, variant: Variant, seed: int, settings: Settings, show: Any) -> Score:
@@ -140,7 +172,7 @@ class Bench:
         return self._plans[key]
 
     def cross_host_bytes(self, model: str, variant: Variant, settings: Settings) -> float:
-        """Return what the embeddings of a sample, and their gradients, send across hosts; a tower is one host of one rank.
+        """Return what the embeddings of a sample and their gradients send across hosts, of one rank each.
 
         Read off the ledger of one step of the compiled program in the simulated world; without a module it is the
         exchange of the flat model.
@@ -156,6 +188,7 @@ class Bench:
             sent = sum(n for (name, _, link), n in world.ledger.records.items() if (name, link) == ("peer", "cross"))
             self._bytes[key] = sent / (variant.towers * batch[0].shape[0])
         return self._bytes[key]
+
     def sent(self, model: str, variant: Variant, settings: Settings) -> dict[str, float]:
         """Return a variant's bytes across hosts for each sample, and those of the flat model on as many hosts."""
         if variant.module is None:
@@ -198,8 +231,9 @@ class Bench:
 def jobs(names: list[str], rows: str, seeds: range, data: QualityData) -> Iterator[tuple[str, Variant, int]]:
     """Yield every training: seed by seed within a part of the table, so that all of its rows grow together."""
     for model in names:
-        table = variants(model, rows, len(data.table_rows), SETTINGS[model, data.name].dim)
-        head = [v for v in table if v in variants(model, "headline", len(data.table_rows), SETTINGS[model, data.name].dim)]
+        features, dim = len(data.table_rows), SETTINGS[model, data.name].dim
+        table, headline = variants(model, rows, features, dim), variants(model, "headline", features, dim)
+        head = [v for v in table if v in headline]
         for part in (head, [v for v in table if v not in head]):
             for seed in seeds:
                 yield from ((model, variant, seed) for variant in part)
@@ -212,7 +246,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--path", type=Path, help="the data set's folder; nycflights needs none")
     parser.add_argument("--limit-rows", type=int, help="use only so many rows (of each part) of the data")
     parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=list(MODELS))
-    parser.add_argument("--rows", choices=("flat", "headline", "all", "modules"), default="headline")
+    parser.add_argument(
+        "--rows", choices=("flat", "paper", "headline", "signals", "modules", "all"), default="headline"
+    )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the results file, one JSON line for each training")
@@ -233,8 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     data = LOADERS[args.data](args.path, args.limit_rows)
     bench = Bench(data, results)
     todo = list(jobs(args.model, args.rows, range(args.first_seed, args.first_seed + args.seeds), data))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console()) as progress:
+    left = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), BarColumn(), *left, console=Console()) as progress:
         task = progress.add_task(args.data, total=len(todo))
         for model, variant, seed in todo:
             settings = SETTINGS[model, data.name]

@@ -46,7 +46,9 @@ class QualityData:
     valid: Tensor
     test: Tensor
 
-    def batches(self, rows: Tensor, batch_size: int, shuffle_seed: int | None = None) -> Iterator[tuple[Inputs, Tensor]]:
+    def batches(
+        self, rows: Tensor, batch_size: int, shuffle_seed: int | None = None
+    ) -> Iterator[tuple[Inputs, Tensor]]:
         """Yield the inputs and labels of each batch, in the order of ``rows`` or shuffled.
 
         Cost: one gather of the rows beforehand; a batch is views.
@@ -80,7 +82,8 @@ def frappe(path: Path | None, limit_rows: int | None) -> QualityData:
     """
     import pandas as pd  # type: ignore[import-untyped, unused-ignore]
 
-    parts = [pd.read_parquet(_one(path, "frappe", f"{part}*.parquet"))[:limit_rows] for part in ("train", "valid", "test")]
+    files = [_one(path, "frappe", f"{part}*.parquet") for part in ("train", "valid", "test")]
+    parts = [pd.read_parquet(file)[:limit_rows] for file in files]
     ends = np.cumsum([len(part) for part in parts])
     frame = pd.concat(parts)
     names = [name for name in frame.columns if name != "label"]
@@ -105,7 +108,8 @@ def ml1m(path: Path | None, limit_rows: int | None) -> QualityData:
     """
     import pandas as pd
 
-    ratings, users, movies = (pd.read_parquet(_one(path, "ml1m", f"{n}.parquet")) for n in ("ratings", "users", "movies"))
+    files = [_one(path, "ml1m", f"{name}.parquet") for name in ("ratings", "users", "movies")]
+    ratings, users, movies = (pd.read_parquet(file) for file in files)
     ratings = ratings[ratings["rating"] != 3]
     order = np.random.default_rng(0).permutation(len(ratings))[:limit_rows]
     frame = ratings.iloc[order].merge(users, on="user_id", how="left").merge(movies, on="movie_id", how="left")
@@ -140,7 +144,9 @@ LOADERS: dict[str, Callable[[Path | None, int | None], QualityData]] = {
 def _one(path: Path | None, name: str, pattern: str) -> Path:
     found = sorted(path.glob(pattern)) if path is not None else []
     if len(found) != 1:
-        raise SystemExit(f"quality: expected one file {pattern} for --data {name} under --path {path}, found {len(found)}")
+        raise SystemExit(
+            f"quality: expected one file {pattern} for --data {name} under --path {path}, found {len(found)}"
+        )
     return found[0]
 
 

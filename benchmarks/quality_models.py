@@ -127,4 +127,4 @@ class DCN(Flat):
         return self.top(x).squeeze(1)
 
 
-MODELS: dict[str, type[DLRM] | type[DCN]] = {"dlrm": DLRM, "dcn": DCN}
+MODELS: dict[str, type[DLRM | DCN]] = {"dlrm": DLRM, "dcn": DCN}

@@ -13,6 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import mannwhitneyu
 
+COLUMNS = (
+    *("variant", "seeds", "median AUC", "std", "loss", "loss / flat std"),
+    *("p flat", "p strided", "bytes", "x fewer"),
+)
+
 Lines = Sequence[dict[str, Any]]
 
 
@@ -46,7 +51,7 @@ class Row:
         return statistics.stdev(self.aucs) if len(self.aucs) > 1 else 0.0
 
     @property
-    def columns_compression(self) -> float | None:
+    def fewer_bytes(self) -> float | None:
         """What the flat exchange sends across hosts / what this one sends."""
         sent = self.line.get("cross_host_bytes")
         return self.line["flat_cross_host_bytes"] / sent if sent else None
@@ -86,15 +91,17 @@ def report(lines: Lines, plot: Path | None, console: Console | None = None) -> N
     for group in groups:
         mine = [row for row in rows if _group(row.line) == group]
         data, limit, model, _ = group
-        table = Table(title=f"{model} on {data}, {limit} rows; settings {_settings(mine[0].line)}", title_justify="left")
-        for name in ("variant", "seeds", "median AUC", "std", "loss", "loss / flat std", "p flat", "p strided", "bytes", "x fewer"):
+        title = f"{model} on {data}, {limit} rows; settings {_settings(mine[0].line)}"
+        table = Table(title=title, title_justify="left")
+        for name in COLUMNS:
             table.add_column(name, justify="left" if name == "variant" else "right")
         for row in mine:
             table.add_row(
-                row.line["variant"], str(len(row.aucs)), f"{row.median:.5f}", f"{row.std:.5f}", _number(row.loss, "+.5f"),
+                row.line["variant"], str(len(row.aucs)), f"{row.median:.5f}", f"{row.std:.5f}",
+                _number(row.loss, "+.5f"),
                 _number(row.loss / row.flat_std if row.loss is not None and row.flat_std else None, "+.2f"),
                 _number(row.against_flat, ".4f"), _number(row.against_strided, ".4f"),
-                _number(row.line.get("cross_host_bytes"), ".0f"), _number(row.columns_compression, ".2f"),
+                _number(row.line.get("cross_host_bytes"), ".0f"), _number(row.fewer_bytes, ".2f"),
             )  # fmt: skip
         console.print(table)
         for line in lines:
@@ -111,9 +118,8 @@ def report(lines: Lines, plot: Path | None, console: Console | None = None) -> N
 
 def frontier(rows: Sequence[Row]) -> list[Row]:
     """Return the rows that no other row beats in both bytes and AUC, fewest bytes first, relative to flat's bytes."""
-    towered = sorted(
-        (row for row in rows if row.columns_compression), key=lambda row: (-(row.columns_compression or 0), row.loss or 0)
-    )
+    towered = [row for row in rows if row.fewer_bytes]
+    towered.sort(key=lambda row: (-(row.fewer_bytes or 0), -row.median))
     best: list[Row] = []
     for row in towered:
         if not best or row.median > best[-1].median:
@@ -130,7 +136,7 @@ def _frontier(rows: Sequence[Row], console: Console) -> None:
         table.add_column(name, justify="left" if name == "variant" else "right")
     for row in best:
         table.add_row(
-            _number(row.columns_compression, ".2f"), _number(row.line["cross_host_bytes"], ".0f"),
+            _number(row.fewer_bytes, ".2f"), _number(row.line["cross_host_bytes"], ".0f"),
             _number(row.loss, "+.5f"), row.line["variant"],
         )  # fmt: skip
     console.print(table)
@@ -143,20 +149,21 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = [g for g in dict.fromkeys(_group(row.line) for row in rows) if frontier([r for r in rows if _group(r.line) == g])]
+    groups = list(dict.fromkeys(_group(row.line) for row in rows if row.fewer_bytes and row.loss is not None))
     figure, axes = pyplot.subplots(1, max(len(groups), 1), figsize=(5.2 * max(len(groups), 1), 4.2), squeeze=False)
     marks = {"strided": "o", "balanced": "s", "coherent": "^", "diverse": "v"}
     for axis, group in zip(axes[0], groups, strict=False):
-        mine = [row for row in rows if _group(row.line) == group and row.columns_compression and row.loss is not None]
+        mine = [row for row in rows if _group(row.line) == group and row.fewer_bytes and row.loss is not None]
         for partition, mark in marks.items():
-            chosen = [row for row in mine if row.line["partition"] == partition]
+            chosen = [row for row in mine if row.line["partition"].partition(":")[0] == partition]
             if chosen:
                 axis.errorbar(
-                    [1 / (row.columns_compression or 1) for row in chosen], [row.loss for row in chosen],
+                    [1 / (row.fewer_bytes or 1) for row in chosen], [row.loss for row in chosen],
                     yerr=[row.std for row in chosen], fmt=mark, label=partition, alpha=0.75, capsize=2,
                 )  # fmt: skip
-        best = [row for row in frontier(mine)]
-        axis.plot([1 / (row.columns_compression or 1) for row in best], [row.loss for row in best], "k--", lw=1, label="frontier")
+        best = frontier(mine)
+        shares, losses = [1 / (row.fewer_bytes or 1) for row in best], [row.loss for row in best]
+        axis.plot(shares, losses, "k--", lw=1, label="frontier")
         spread = mine[0].flat_std or 0.0
         axis.axhspan(-spread, spread, color="0.85", zorder=0, label="flat, one std")
         axis.set_xscale("log", base=2)

@@ -56,9 +56,7 @@ def test_a_module_sends_the_columns_that_its_docstring_says(
     assert output_width(module, spec) == columns
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "columns"), [("dlrm", {"c": 1, "p": 1}, 4 * 4), ("dcn", {"layers": 2}, 4)]
-)
+@pytest.mark.parametrize(("kind", "options", "columns"), [("dlrm", {"c": 1, "p": 1}, 4 * 4), ("dcn", {"layers": 2}, 4)])
 def test_features_may_differ_in_width(kind: str, options: dict[str, Any], columns: int) -> None:
     spec = spec_of((8, 4, 8))
     module = build(kind, spec, **options)
@@ -219,7 +217,7 @@ def test_dot_wants_one_width() -> None:
         (lambda embs: embs, r"expected \(B, O\) from the module of tower0, found \(3, 3, 8\) for B = 3"),
         (lambda embs: (embs,), r"expected \(B, O\) from the module of tower0, found tuple"),
         (lambda embs: embs[:1, 0], r"expected \(B, O\) from the module of tower0, found \(1, 8\) for B = 3"),
-        (lambda embs: embs[:, 0, :6], "expected outputs of tower0 in vectors of 4 columns, found 6; set the option 'dim'"),
+        (lambda embs: embs[:, 0, :6], "outputs of tower0 in vectors of 4 columns, found 6; set the option 'dim'"),
         (lambda embs: embs @ embs, r"expected a module for tower0 that takes \(3, 8\) a sample, found RuntimeError: "),
     ],
 )
