@@ -67,8 +67,8 @@ def variant_of(kind: str, partition: str, towers: int, compression: int, feature
 def variants(model: str, rows: str, features: int, dim: int) -> list[Variant]:
     """Return the variants of a model in the order in which they are trained.
 
-    ``"flat"``: no towers. ``"paper"``: the paper's modules, 4 strided towers, compression 4 and 2. ``"headline"``: those,
-    and every partition where the module makes use of it. ``"signals"``: what the interactions of coherent and diverse
+    ``"flat"``: no towers. ``"paper"``: the paper's modules, 4 strided towers, compression 4 and 2. ``"headline"``:
+    those, and every partition where the module makes use of it. ``"signals"``: what the interactions of coherent and diverse
     towers are measured by, compression 4. ``"modules"``: kinds of module and initial values, 4 strided towers.
     ``"all"``: the headline, then every number of towers, one per feature too, and every compression.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dmt_compile.errors import ConfigError
-from dmt_compile.tower_modules import KINDS, TowerSpec, build_tower_module, output_width
+from dmt_compile.tower_modules import INITS, KINDS, TowerSpec, build_tower_module, output_width
 
 
 def spec_of(widths: tuple[int, ...] = (8, 8, 8), dim: int = 4, vectors: bool = True, index: int = 0) -> TowerSpec:
@@ -103,7 +103,7 @@ def test_the_seed_gives_the_values_and_the_global_generator_stays(kind: str) -> 
     spec, other = spec_of(), spec_of(index=1)
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    first, again, another = build(kind, spec), build(kind, spec), build(kind, spec, seed=1)
+    first, again, another = (build(kind, spec, seed, init="shared") for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
     embs = inputs(spec, 5)
     assert torch.equal(first(embs), again(embs))
@@ -113,13 +113,16 @@ def test_the_seed_gives_the_values_and_the_global_generator_stays(kind: str) -> 
 
 
 def test_shared_projections_are_one_for_all_towers() -> None:
-    first, second = build("dlrm", spec_of()), build("dlrm", spec_of((8, 8), index=1))
-    assert torch.equal(first.each["8"].weight, second.each["8"].weight)
-    assert not torch.equal(first.each["8"].weight, build("dlrm", spec_of(), seed=1).each["8"].weight)
+    first, second, another = (
+        build("dlrm", spec_of(widths, index=index), seed, init="shared").each["8"].weight
+        for widths, index, seed in (((8, 8, 8), 0, 0), ((8, 8), 1, 0), ((8, 8), 1, 1))
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, another)
 
 
 def test_shared_projections_sketch_the_products_of_features_of_different_towers() -> None:
-    towers = [build("dlrm", spec_of((16, 16), dim=8, index=i), seed=5) for i in range(2)]
+    towers = [build("dlrm", spec_of((16, 16), dim=8, index=i), seed=5, init="shared") for i in range(2)]
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 4000, 2, 16, generator=generator)
     right = left + 0.5 * right  # products far from 0
@@ -134,7 +137,8 @@ def test_scaled_projections_keep_the_squared_length_of_vectors(init: str) -> Non
     embs = torch.randn(4000, 4, 16, generator=torch.Generator().manual_seed(0))
     sent = build("dlrm", spec, init=init)(embs).detach().unflatten(1, (4, 4))
     assert float(sent.square().sum(2).mean() / embs.square().sum(2).mean()) == pytest.approx(1.0, abs=0.02)
-    weight = build("dlrm", spec, init=init).each["16"].weight
+    layer = build("dlrm", spec, init=init).each["16"]
+    weight = layer.weight.detach() * layer.step
     torch.testing.assert_close(weight @ weight.T, 16 / 4 * torch.eye(4))
     assert not build("dlrm", spec, init=init).each["16"].bias.any()
 
@@ -142,8 +146,47 @@ def test_scaled_projections_keep_the_squared_length_of_vectors(init: str) -> Non
 def test_default_leaves_the_values_of_pytorch_which_shrink_vectors() -> None:
     spec = spec_of((16,) * 4, dim=4)
     layer = build("dlrm", spec, init="default").each["16"]
-    assert float(layer.weight.detach().abs().max()) <= 1 / math.sqrt(16)
+    assert float(layer.weight.detach().abs().max()) * layer.step <= 1 / math.sqrt(16)
     assert bool(layer.bias.any())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("dlrm", {}), ("dot", {}), ("dcn", {"layers": 0, "output": "per_feature"})]
+)
+def test_identity_starts_as_the_flat_model_of_narrower_tables(kind: str, options: dict[str, Any]) -> None:
+    spec = spec_of()
+    embs = inputs(spec, 5)
+    torch.testing.assert_close(build(kind, spec, **options)(embs)[:, :12], embs[:, :, :4].flatten(1))
+
+
+def test_identity_gives_several_vectors_of_a_feature_different_columns() -> None:
+    spec = spec_of(dim=4)
+    embs = inputs(spec, 5)
+    torch.testing.assert_close(build("dlrm", spec, c=2)(embs), embs.flatten(1))
+    narrow = spec_of((3, 3), dim=4)
+    embs = inputs(narrow, 5)
+    torch.testing.assert_close(build("dlrm", narrow)(embs), embs[:, :, [0, 1, 2, 0]].flatten(1))
+
+
+def test_vectors_of_all_features_mix_them_under_every_init() -> None:
+    spec = spec_of()
+    for init in INITS:
+        layer = build("dlrm", spec, c=0, p=3, init=init).together
+        assert bool((layer.weight.unflatten(1, (3, 8)).abs().sum(2) > 0).all())
+
+
+@pytest.mark.parametrize("step", [1, 0.1])
+def test_step_scales_how_far_an_optimizer_goes_and_not_the_start(step: float) -> None:
+    spec = spec_of()
+    embs = inputs(spec, 5)
+    plain, module = build("dlrm", spec, step=1), build("dlrm", spec, step=step)
+    torch.testing.assert_close(module(embs), plain(embs))
+    layer = module.each["8"]
+    before = layer.weight.detach() * layer.step
+    module(embs).square().sum().backward()
+    torch.optim.Adam(module.parameters(), lr=0.01).step()
+    moved = (layer.weight.detach() * layer.step - before).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.01 * step), rtol=1e-3, atol=1e-7)
 
 
 def test_modules_are_made_for_the_device_they_are_moved_to() -> None:
@@ -190,7 +233,11 @@ class Given(nn.Module):
     [
         ("dlmr", {}, r"expected a known kind, found 'dlmr'; did you mean 'dlrm'\?"),
         ("xyz", {}, "expected a known kind, found 'xyz'; valid are 'dlrm', 'dcn', 'dot'"),
-        ("dlrm", {"layers": 1}, "expected an option of 'dlrm', found 'layers'; valid are 'c', 'p', 'dim', 'init'"),
+        (
+            "dlrm",
+            {"layers": 1},
+            "expected an option of 'dlrm', found 'layers'; valid are 'c', 'p', 'dim', 'init', 'step'",
+        ),
         ("dcn", {"layer": 1}, r"expected an option of 'dcn', found 'layer'; did you mean 'layers'\?"),
         ("dlrm", {"c": 0, "p": 0}, "expected 'c' or 'p' above 0, found both 0"),
         ("dlrm", {"c": -1}, "expected a whole number for 'c', found -1"),
@@ -198,6 +245,8 @@ class Given(nn.Module):
         ("dcn", {"rank": 1.5}, "expected a whole number for 'rank', found 1.5"),
         ("dcn", {"output": "all"}, "expected 'per_tower' or 'per_feature' for 'output', found 'all'"),
         ("dlrm", {"init": "sharde"}, r"expected a known 'init', found 'sharde'; did you mean 'shared'\?"),
+        ("dlrm", {"step": 0}, "expected a number above 0 for 'step', found 0"),
+        ("dcn", {"step": True}, "expected a number above 0 for 'step', found True"),
         (lambda spec: None, {}, "expected a module from the callable for tower0, found NoneType"),
     ],
 )

@@ -189,6 +189,6 @@ def test_a_missing_data_set_is_named(tmp_path: Path) -> None:
     ):
         quality.main(["--data", "frappe", "--path", str(tmp_path), "--out", str(tmp_path / "results.jsonl")])
     with pytest.raises(
-        SystemExit, match="expected one file ratings.parquet for --data ml1m under --path None, found 0"
+        SystemExit, match=r"expected one file ratings\.parquet for --data ml1m under --path None, found 0"
     ):
         quality.main(["--data", "ml1m", "--out", str(tmp_path / "results.jsonl")])
