@@ -37,6 +37,7 @@ STRATEGIES, SIGNALS = ("coherent", "diverse"), ("cosine", "nid", "archdetect")
 COMPRESSIONS = (2, 4, 8, 16)
 TOWERS = (2, 4, 8)
 HEADLINE = (4, 2)
+START = {"init": "identity", "step": 0.1}  # the defaults, spelled out since results are kept by options
 SEEDS = 9
 PROBE_SEED = 1000  # of the flat model whose embeddings the partitioner sees; no seed of the tables
 PROBE_SAMPLES, PROBE_BATCH = 8192, 2048
@@ -50,27 +51,32 @@ def variant_of(kind: str, partition: str, towers: int, compression: int, feature
     ``"cross"`` (the DCN's). Even towers are assumed.
     """
     if kind == "cross":
-        return Variant(partition, towers, compression, "dcn", {"output": "per_feature", "dim": dim // compression})
+        return Variant(
+            partition, towers, compression, "dcn", {"output": "per_feature", "dim": dim // compression, **START}
+        )
     if kind == "each":
-        return Variant(partition, towers, compression, "dlrm", {"c": 1, "p": 0, "dim": dim // compression})
+        return Variant(partition, towers, compression, "dlrm", {"c": 1, "p": 0, "dim": dim // compression, **START})
     columns = features * dim / compression
     if kind == "together":
         vectors = max(1, round(0.45 * math.sqrt(columns / towers)))
         return Variant(
-            partition, towers, compression, "dlrm", {"c": 0, "p": vectors, "dim": int(columns / towers / vectors)}
-        )
+            partition, towers, compression, "dlrm",
+            {"c": 0, "p": vectors, "dim": int(columns / towers / vectors), **START},
+        )  # fmt: skip
     sizes = [len(range(tower, features, towers)) for tower in range(towers)]
     width = int((columns - sum(size * (size - 1) // 2 for size in sizes)) / features)
-    return Variant(partition, towers, compression, "dot", {"c": 1, "p": 0, "dim": width}) if width > 0 else None
+    return (
+        Variant(partition, towers, compression, "dot", {"c": 1, "p": 0, "dim": width, **START}) if width > 0 else None
+    )
 
 
 def variants(model: str, rows: str, features: int, dim: int) -> list[Variant]:
     """Return the variants of a model in the order in which they are trained.
 
     ``"flat"``: no towers. ``"paper"``: the paper's modules, 4 strided towers, compression 4 and 2. ``"headline"``:
-    those, and every partition where the module makes use of it. ``"signals"``: what the interactions of coherent and diverse
-    towers are measured by, compression 4. ``"modules"``: kinds of module and initial values, 4 strided towers.
-    ``"all"``: the headline, then every number of towers, one per feature too, and every compression.
+    those, and every partition where the module makes use of it. ``"signals"``: what the interactions of coherent and
+    diverse towers are measured by, compression 4. ``"modules"``: kinds of module, initial values and steps, 4 strided
+    towers. ``"all"``: the headline, then every number of towers, one per feature too, and every compression.
     """
     paper, best = ("each", "dot") if model == "dlrm" else ("cross", "cross")
 
@@ -88,7 +94,8 @@ def variants(model: str, rows: str, features: int, dim: int) -> list[Variant]:
     if rows == "modules":
         kinds = ("each", "together", "dot") if model == "dlrm" else ("cross",)
         base = [variant for kind in kinds for variant in make(kind, strided, [4], HEADLINE)]
-        part += [replace(v, options={**v.options, "init": init}) for v in base for init in INITS]
+        starts = [{"init": init, "step": step} for init in INITS for step in (0.1, 1)]
+        part += [replace(v, options={**v.options, **start}) for v in base for start in starts]
     if rows in ("headline", "all"):
         part += make(best, PARTITIONS, [4], HEADLINE)
     if rows == "all":
