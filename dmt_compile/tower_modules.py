@@ -3,8 +3,8 @@
 Shape suffixes: B samples, F features of the tower, N width of a feature, W columns of all of them, O columns sent.
 
 Source: section 3.2 and listings 1 and 2 of the DMT paper; section 4b of our notes on it for the widths that its tables
-imply. ``dot`` and the initial values are not the paper's: a module has to start close to the model that it replaces, and
-PyTorch's own initial values shrink the vectors that dot products need.
+imply. ``dot``, the initial values and ``step`` are not the paper's: a module has to start close to the model that it
+replaces, and to move no faster than its tables; benchmarks/RESULTS.md has what each is worth.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import nn
 
 from dmt_compile.errors import ConfigError
 
-INITS = ("shared", "orthogonal", "default")
+INITS = ("identity", "shared", "orthogonal", "default")
+STEP = 0.1
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,29 @@ class PassThrough(nn.Module):
         return embs.flatten(1)
 
 
+class SteadyLinear(nn.Linear):
+    """A linear layer whose weights count ``step`` times, so that an optimizer moves it ``step`` times as far.
+
+    Adam and Adagrad move a weight by about the learning rate, however small its gradient is. One weight of a projection
+    that all features of a tower share moves the vectors of all rows at once, on top of what moves the rows themselves:
+    at a rate that suits tables the vectors would not come to rest. ``step=1`` is the plain layer.
+    """
+
+    def __init__(self, in_features: int, out_features: int, step: float) -> None:
+        super().__init__(in_features, out_features)
+        self.step = step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., O) of (..., W)."""
+        if self.step == 1:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, self.weight * self.step, self.bias * self.step)
+
+    def extra_repr(self) -> str:
+        """Say what it is, and its step."""
+        return f"{super().extra_repr()}, step={self.step}"
+
+
 class DLRMTower(nn.Module):
     """Two linear layers: ``p`` vectors of all features together, and ``c`` vectors of each feature.
 
@@ -69,26 +93,36 @@ class DLRMTower(nn.Module):
         c: vectors of each feature; every feature of one width goes through the same weights.
         p: vectors of all features together.
         dim: width of one vector; by default that of the features.
-        init: ``"shared"``: scaled orthogonal projections, the same in every tower, so that products of vectors of two
+        init: ``"identity"``: each feature's first columns, so that the model starts as the flat one of narrower tables;
+            ``"shared"``: scaled orthogonal projections, the same in every tower, so that products of vectors of two
             towers start as a sketch of those of the features; ``"orthogonal"``: one of its own for each tower;
-            ``"default"``: PyTorch's.
+            ``"default"``: PyTorch's. What mixes all features (``p``) starts as ``"shared"`` under ``"identity"``.
+        step: how far an optimizer moves the weights, relative to a plain layer; see :class:`SteadyLinear`.
 
     Cost: 2 * W * dim * (c + p) flops a sample.
     """
 
-    def __init__(self, spec: TowerSpec, c: int = 1, p: int = 0, dim: int | None = None, init: str = "shared") -> None:
+    def __init__(
+        self,
+        spec: TowerSpec,
+        c: int = 1,
+        p: int = 0,
+        dim: int | None = None,
+        init: str = "identity",
+        step: float = STEP,
+    ) -> None:
         super().__init__()
         _check_counts(c=c, p=p)
         if c + p == 0:
             raise ConfigError("tower modules: expected 'c' or 'p' above 0, found both 0; a tower must send something")
         self.widths, self.even = spec.widths, spec.even
         out = spec.dim
-        self.each = nn.ModuleDict({str(w): nn.Linear(w, c * out) for w in dict.fromkeys(spec.widths) if c})
-        self.together = nn.Linear(sum(spec.widths), p * out) if p else None
-        for width in dict.fromkeys(spec.widths) if c else ():
-            _initialise(self.each[str(width)], init, math.sqrt(width / out))
-        if self.together is not None:
-            _initialise(self.together, init, math.sqrt(max(spec.widths) / out))
+        different = dict.fromkeys(spec.widths) if c else ()
+        self.each = nn.ModuleDict(
+            {str(w): _projection((w,), c * out, init, math.sqrt(w / out), step) for w in different}
+        )
+        mixed = "shared" if init == "identity" else init
+        self.together = _projection(spec.widths, p * out, mixed, math.sqrt(max(spec.widths) / out), step) if p else None
 
     def forward(self, embs: torch.Tensor) -> torch.Tensor:
         """Return (B, O) of embs (B, F, N), or (B, W) where widths differ."""
@@ -108,8 +142,16 @@ class DotTower(DLRMTower):
     F * (F - 1) / 2. Features must have one width.
     """
 
-    def __init__(self, spec: TowerSpec, c: int = 1, p: int = 0, dim: int | None = None, init: str = "shared") -> None:
-        super().__init__(spec, c, p, dim, init)
+    def __init__(
+        self,
+        spec: TowerSpec,
+        c: int = 1,
+        p: int = 0,
+        dim: int | None = None,
+        init: str = "identity",
+        step: float = STEP,
+    ) -> None:
+        super().__init__(spec, c, p, dim, init, step)
         if not spec.even:
             raise ConfigError(
                 f"tower modules: expected features of one width for 'dot' in {spec.name}, found {spec.widths}; use "
@@ -152,8 +194,8 @@ class DCNTower(nn.Module):
         rank: of each; ``None`` for full matrices.
         output: ``"per_tower"`` sends O = dim columns; ``"per_feature"`` O = F * dim.
         dim: by default the largest width of a feature.
-        init: of the projection; ``"shared"`` and ``"orthogonal"`` keep the scale of its inputs. A projection to as many
-            columns as there are is left out.
+        init: of the projection, as in :class:`DLRMTower`. A projection to as many columns as there are is left out.
+        step: of the projection, as in :class:`DLRMTower`.
 
     Cost: 4 * W * rank (2 * W^2 without) flops a layer and 2 * W * O a sample.
     """
@@ -165,7 +207,8 @@ class DCNTower(nn.Module):
         rank: int | None = None,
         output: str = "per_tower",
         dim: int | None = None,
-        init: str = "shared",
+        init: str = "identity",
+        step: float = STEP,
     ) -> None:
         super().__init__()
         _check_counts(layers=layers, **({} if rank is None else {"rank": rank}))
@@ -173,9 +216,8 @@ class DCNTower(nn.Module):
             raise ConfigError(f"tower modules: expected 'per_tower' or 'per_feature' for 'output', found {output!r}")
         width, out = sum(spec.widths), spec.dim * (len(spec.widths) if output == "per_feature" else 1)
         self.cross = Cross(width, layers, rank)
-        self.project = nn.Linear(width, out) if width != out else None
-        if self.project is not None:
-            _initialise(self.project, init, 1.0)
+        mixed = "shared" if init == "identity" and output == "per_tower" else init
+        self.project = _projection(spec.widths, out, mixed, 1.0, step) if width != out else None
 
     def forward(self, embs: torch.Tensor) -> torch.Tensor:
         """Return (B, O) of embs (B, F, N), or (B, W) where widths differ."""
@@ -253,8 +295,8 @@ def output_width(module: nn.Module, spec: TowerSpec) -> int:
     columns = int(out.shape[1]) - int(getattr(module, "scalars", 0))
     if spec.vectors and (columns < 0 or columns % spec.dim):
         raise ConfigError(
-            f"tower modules: expected outputs of {spec.name} in vectors of {spec.dim} columns, found {columns}; set the "
-            "option 'dim' to the width of its vectors"
+            f"tower modules: expected outputs of {spec.name} in vectors of {spec.dim} columns, found {columns}; set "
+            "the option 'dim' to the width of its vectors"
         )
     return int(out.shape[1])
 
@@ -278,19 +320,36 @@ class _seeded_projections:
         _projection_seeds.pop()
 
 
-def _initialise(layer: nn.Module, init: str, scale: float) -> None:
-    """Make a linear layer an orthogonal projection times ``scale``, without bias; ``"default"`` leaves it."""
-    assert isinstance(layer, nn.Linear)
+def _projection(widths: Sequence[int], out: int, init: str, scale: float, step: float) -> SteadyLinear:
+    """Return a linear layer of features of these widths, with initial values times ``scale`` where it keeps a scale."""
     if init not in INITS:
         raise ConfigError(f"tower modules: expected a known 'init', found {init!r}" + _nearest(init, INITS))
-    if init == "default":
-        return
+    if isinstance(step, bool) or not isinstance(step, int | float) or not step > 0:
+        raise ConfigError(f"tower modules: expected a number above 0 for 'step', found {step!r}")
+    layer = SteadyLinear(sum(widths), out, step)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        if init == "shared":
-            torch.manual_seed((_projection_seeds[-1] * 1_000_003 + layer.in_features) % 2**63)
-        nn.init.orthogonal_(layer.weight)
-        layer.weight.mul_(scale)
-        layer.bias.zero_()
+        if init != "default":
+            layer.bias.zero_()
+            if init == "identity":
+                _first_columns(layer.weight, widths)
+            else:
+                if init != "orthogonal":
+                    torch.manual_seed((_projection_seeds[-1] * 1_000_003 + layer.in_features) % 2**63)
+                nn.init.orthogonal_(layer.weight)
+                layer.weight.mul_(scale)
+        layer.weight.div_(step)
+        layer.bias.div_(step)
+    return layer
+
+
+def _first_columns(weight: torch.Tensor, widths: Sequence[int]) -> None:
+    """Let row k of a feature's rows take its column k; from the front again where it has fewer."""
+    weight.zero_()
+    rows, start = weight.shape[0] // len(widths), 0
+    for feature, width in enumerate(widths):
+        for row in range(rows):
+            weight[feature * rows + row, start + row % width] = 1.0
+        start += width
 
 
 def _check_counts(**counts: Any) -> None:
