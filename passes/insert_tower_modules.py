@@ -162,6 +162,11 @@ class InsertTowerModules(Pass):
     ) -> list[SendingTower]:
         """Build each tower's module, or take the one that the model has."""
         lookups = lookups_of(gm, ctx)
+        held = () if ctx.towers is None else [name for names in ctx.towers.features.values() for name in names]
+        if held and set(held).isdisjoint(family.features):
+            raise NoFamily(
+                "the Tower Modules of this model are those of another of its graphs", next(iter(lookups.values()))
+            )
         parts = {p.feature: p.node for p in next(iter(family.operands.values()), ()) if p.feature is not None}
         widths = {name: columns_of(parts.get(name, lookups[name])) for name in family.features}
         vectors = not family.operands or any(node.meta["val"].ndim == 3 for node in family.operands)
@@ -186,6 +191,14 @@ class InsertTowerModules(Pass):
             else:
                 module = ctx.towers.get_submodule(tower.name)
             found.append(SendingTower(spec, module, output_width(module, spec)))
+        owners: dict[int, str] = {}
+        for sending in found:
+            for name, parameter in sending.module.named_parameters():
+                if owners.setdefault(id(parameter), sending.spec.name) != sending.spec.name:
+                    raise ConfigError(
+                        f"{self.name}: expected a module of its own for each tower, found that "
+                        f"{owners[id(parameter)]} and {sending.spec.name} share {name}; build a new module in each call"
+                    )
         return found
 
     # ----------------------------------------------------------------------------------------------------- the rewrite

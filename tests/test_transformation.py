@@ -421,6 +421,43 @@ def test_a_layer_that_features_share_with_the_dense_part_keeps_its_size() -> Non
     assert torch.equal(compiled(copy.deepcopy(model), **same)(*batch), towered(model, batch, **same)(*batch))
 
 
+def test_towers_that_share_a_module_are_refused() -> None:
+    model, batch = small()
+    one = nn.Sequential(nn.Flatten(1), nn.Linear(16, 16))
+    with pytest.raises(
+        ConfigError, match=r"a module of its own for each tower, found that tower0 and tower1 share 1\.w"
+    ):
+        compiled(model, tower_module=lambda tower: one, towers=2, partition="strided")(*batch)
+
+
+def test_towers_belong_to_the_first_graph_that_has_some() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = DLRM(rows=(9, 6, 11, 5)), DLRM(rows=(4, 7, 8, 3))
+
+        def forward(self, *batch: Any) -> torch.Tensor:
+            before = self.first(*batch).detach()  # Dynamo warns of an argument that is no leaf
+            torch._dynamo.graph_break()
+            dense, ids, offsets = batch
+            return before + self.second(dense, [i % 3 for i in ids], offsets)
+
+    torch.manual_seed(0)
+    model = Twice()
+    batch = make_batch(model.first, 4, torch.Generator().manual_seed(0))
+    expected = model.second(batch[0], [i % 3 for i in batch[1]], batch[2])
+    step_model = compiled(model)
+    out = step_model(*batch)
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"first", "second", "dmt_towers"}
+    assert {name for names in model.dmt_towers.tables.values() for name in names} == {
+        f"first.emb.{i}" for i in range(4)
+    }
+    with torch.no_grad():
+        for parameter in model.second.top[2].parameters():
+            parameter.zero_()
+    torch.testing.assert_close(out, step_model(*batch) + expected)  # the second graph is the flat one
+
+
 def test_a_function_has_no_place_for_towers() -> None:
     tables = [nn.Parameter(torch.randn(7, 4)) for _ in range(3)]
     top = torch.randn(12, 1)
