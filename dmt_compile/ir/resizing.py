@@ -75,7 +75,6 @@ class Resizing:
         Raises:
             CannotResize: a dimension that would have to change is fixed.
         """
-        self._match_products()
         changed = True
         while changed:
             changed = sum(self._follow(relation) for relation in self._relations) > 0
@@ -144,7 +143,7 @@ class Resizing:
         for axis in axes_of(operand):
             self.freeze(axis, node, reason or f"{name_of(node)} has a fixed size")
 
-    def _match_products(self) -> None:
+    def match_products(self) -> None:
         """Let what is laid out as one dimension and then as before have its dimensions back."""
         known: dict[tuple[Any, ...], tuple[Axis, ...]] = {}
         for relation in self._relations:
@@ -168,7 +167,8 @@ class Resizing:
         free = [p for p in relation.parts if self._root(p) not in self._new]
         if relation.product and len(free) > 1:
             sizes = " x ".join(str(self._old(part)) for part in relation.parts)
-            raise CannotResize(f"{name_of(node)} lays out {sizes} columns, of which any could become fewer", node)
+            view = relation.parts[0][0]
+            raise CannotResize(f"{name_of(view)} lays out {sizes} columns, of which any could become fewer", view)
         if relation.product and free:
             others = math.prod(self._now(p) for p in relation.parts if p != free[0])
             if whole % others == 0:

@@ -30,6 +30,7 @@ def follow_sizes(nodes: Sequence[fx.Node], sources: set[fx.Node]) -> Resizing:
                 sizes.freeze_all(source, source, "the model's output would change")
         elif node.op in ("call_function", "call_method") and node not in sources:
             _connect(sizes, node)
+    sizes.match_products()
     return sizes
 
 
