@@ -5,7 +5,8 @@
 One line a model: embedding tables found; lookups; whether all of them are on the ranks of a 2x2 topology, or the
 reasons why some stay flat; graphs over 50 batches of random sizes in training and in evaluation (sizes 0 and 1 among
 them where the eager model takes them); the largest errors of outputs and of gradients relative to eager, in one process
-and on four simulated ranks. Everything is checked before anything is printed; what is wrong is named instead.
+and on four simulated ranks; whether Tower Modules of half the width (one vector a feature) fit, or the reason
+why not. Everything is checked before anything is printed; what is wrong is named instead.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.zoo.comparison import Difference, compare_alone, compare_ranks, explained
+import dmt_compile
+from tests.zoo.comparison import Difference, compare_alone, compare_ranks, explained, fresh
 from tests.zoo.entry import Entry
 from tests.zoo.models import ZOO
 
@@ -48,6 +50,7 @@ HEADER = (
     "gradient",
     f"output {TOPOLOGY}",
     f"gradient {TOPOLOGY}",
+    "Tower Modules",
 )
 
 
@@ -94,8 +97,26 @@ def measure(name: str, libraries: bool, shapes: int, dense_compiler: str) -> Row
         "; ".join(reasons) or "fully",
         f"{graphs[0]} + {graphs[1]}",
         *(_largest(differences, what) for differences in (alone.differences, ranks) for what in ("output", "gradient")),
+        _towers(entry),
     )
     return Row(cells, tuple(faults[:3]))
+
+
+def _towers(entry: Entry) -> str:
+    """Return ``"yes"``, or why Tower Modules that send half of each vector do not fit."""
+    model, batch = fresh(entry), entry.batch(4, torch.Generator().manual_seed(4))
+    width = max((table.dim for table in dmt_compile.plan(model, batch, TOPOLOGY).tables), default=2)
+    options = {"dim": max(width // 2, 1)}
+    try:
+        plan = dmt_compile.plan(fresh(entry), batch, TOPOLOGY, tower_module="dlrm", tower_module_options=options)
+    except dmt_compile.DmtError as error:
+        return str(error)
+    refused = [
+        note.removeprefix("no Tower Modules: ").split(" (/")[0]
+        for note in plan.notes
+        if note.startswith("no Tower Modules")
+    ]
+    return "yes" if plan.tower_modules is not None else refused[0] if refused else "no table"
 
 
 def _largest(differences: Sequence[Difference], what: str) -> str:

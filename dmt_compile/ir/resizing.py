@@ -143,6 +143,15 @@ class Resizing:
         for axis in axes_of(operand):
             self.freeze(axis, node, reason or f"{name_of(node)} has a fixed size")
 
+    def match_products(self) -> None:
+        """Let what is laid out as one dimension and then as before have its dimensions back."""
+        known: dict[tuple[Any, ...], tuple[Axis, ...]] = {}
+        for relation in self._relations:
+            if relation.product:
+                key = (self._root(relation.whole), *map(self._old, relation.parts))
+                for one, other in zip(known.setdefault(key, relation.parts), relation.parts, strict=True):
+                    self.same(one, other)
+
     def _follow(self, relation: _Relation) -> bool:
         parts, whole = [self._now(p) for p in relation.parts], self._now(relation.whole)
         node = relation.whole[0]
@@ -156,6 +165,10 @@ class Resizing:
         if self._root(relation.whole) not in self._new:
             return self._assign(relation.whole, total, node)
         free = [p for p in relation.parts if self._root(p) not in self._new]
+        if relation.product and len(free) > 1:
+            sizes = " x ".join(str(self._old(part)) for part in relation.parts)
+            view = relation.parts[0][0]
+            raise CannotResize(f"{name_of(view)} lays out {sizes} columns, of which any could become fewer", view)
         if relation.product and free:
             others = math.prod(self._now(p) for p in relation.parts if p != free[0])
             if whole % others == 0:

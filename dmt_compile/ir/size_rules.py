@@ -27,9 +27,10 @@ def follow_sizes(nodes: Sequence[fx.Node], sources: set[fx.Node]) -> Resizing:
     for node in nodes:
         if node.op == "output":
             for source in node.all_input_nodes:
-                sizes.freeze_all(source, node, "the model's output would change")
+                sizes.freeze_all(source, source, "the model's output would change")
         elif node.op in ("call_function", "call_method") and node not in sources:
             _connect(sizes, node)
+    sizes.match_products()
     return sizes
 
 
