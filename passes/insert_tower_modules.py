@@ -29,7 +29,7 @@ from typing import Any, ClassVar, cast
 from torch import fx
 
 from dmt_compile import torch_internals
-from dmt_compile.errors import ConfigError, PlanError
+from dmt_compile.errors import ConfigError
 from dmt_compile.ir import ops
 from dmt_compile.ir.embedding_graph import source_line
 from dmt_compile.ir.inlining import inline
@@ -41,7 +41,6 @@ from dmt_compile.ir.pass_base import (
     calls,
     dependents,
     erase_unused,
-    nodes_in,
     placeholders,
     sort_graph,
 )
@@ -89,7 +88,6 @@ class InsertTowerModules(Pass):
         """
         inside = calls(gm, ops.tower_input)
         if inside:
-            self._check_towers(inside, ctx)
             return PassReport(changed=False, matched=len(inside), notes=("the model has its Tower Modules already",))
         recipe = None if ctx.plan is None else ctx.options.recipe(ctx.plan)
         if recipe is None or ctx.plan is None:
@@ -107,25 +105,6 @@ class InsertTowerModules(Pass):
         dims = {feature.name: tables[feature.table] for feature in ctx.embedding_graph.features}
         ctx.plan = _with_widths(ctx.plan, design.towers, recipe, dims)
         return PassReport(changed=True, matched=len(design.towers), skipped=design.family.left, notes=notes)
-
-    def _check_towers(self, inside: list[fx.Node], ctx: PassContext) -> None:
-        """Hold the towers of a transformed model against the plan.
-
-        Raises:
-            PlanError: the plan puts a tower's tables elsewhere.
-        """
-        assert ctx.plan is not None
-        tables = {feature.node: feature.table for feature in ctx.embedding_graph.features}
-        planned = {tower.name: tower.tables for tower in ctx.plan.towers}
-        for node in inside:
-            name = str(node.args[1])
-            read = [tables[feature.name] for feature in nodes_in(node.args[0])]
-            away = [table for table in read if table not in planned.get(name, ())]
-            if away:
-                raise PlanError(
-                    f"{self.name}: expected the tables of the transformed model's {name} together, found {away[0]} "
-                    "in another tower of the plan; compile it with the plan that it was transformed with"
-                )
 
     # ------------------------------------------------------------------------------------------------------ the design
 

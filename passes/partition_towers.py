@@ -7,8 +7,11 @@ from typing import ClassVar
 
 from torch import fx
 
-from dmt_compile.ir.pass_base import Pass, PassContext, PassReport
+from dmt_compile.errors import PlanError
+from dmt_compile.ir import ops
+from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, nodes_in
 from dmt_compile.ir.stages import Stage
+from dmt_compile.plan import TowerPlan
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,27 @@ class PartitionTowers(Pass):
     gives: ClassVar[Stage] = Stage.TOWERED
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassReport:
-        """Set ``ctx.plan``."""
+        """Set ``ctx.plan``.
+
+        Raises:
+            PlanError: the plan puts the tables of one of a transformed model's towers elsewhere.
+        """
         tables = ctx.embedding_graph.table_specs()
         if not tables:
             return PassReport(changed=False, skipped=(("graph", "no table was found"),))
         ctx.plan = ctx.choose_plan(tables)
+        self._check_towers(gm, ctx, ctx.plan)
         return PassReport(changed=False, matched=len(tables), notes=ctx.plan.notes)
+
+    def _check_towers(self, gm: fx.GraphModule, ctx: PassContext, plan: TowerPlan) -> None:
+        tables = {feature.node: feature.table for feature in ctx.embedding_graph.features}
+        planned = {tower.name: tower.tables for tower in plan.towers}
+        for node in calls(gm, ops.tower_input):
+            name = str(node.args[1])
+            read = [tables[feature.name] for feature in nodes_in(node.args[0])]
+            away = [table for table in read if table not in planned.get(name, ())]
+            if away:
+                raise PlanError(
+                    f"{self.name}: expected the tables of the transformed model's {name} together, found {away[0]} in "
+                    "another tower of the plan; compile it with the plan that it was transformed with"
+                )

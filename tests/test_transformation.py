@@ -317,6 +317,16 @@ def test_a_state_dict_goes_from_the_compiled_model_to_the_transformed_one() -> N
     assert {name.split(".")[0] for name in flat.load_state_dict(state, strict=False).unexpected_keys} == {"dmt_towers"}
 
 
+def test_a_transformed_model_keeps_its_towers_together() -> None:
+    model, batch = small()
+    result = towered(model, batch)
+    apart = [["emb.0", "emb.2"], ["emb.1", "emb.3"]]
+    assert apart != [list(tower.tables) for tower in result.dmt_plan.towers]
+    text = "partition_towers: expected the tables of the transformed model's tower0 together, found emb"
+    with pytest.raises(PlanError, match=text):
+        compiled(result, partition=apart)(*batch)
+
+
 def test_transforming_what_is_transformed_is_refused() -> None:
     model, batch = small()
     result = towered(model, batch)
@@ -391,17 +401,17 @@ def test_without_a_known_interaction_towers_are_refused_and_the_rest_still_compi
             return (a * b + c).sum(1)
 
     model, ids = Summed(), torch.randint(0, 7, (5, 3))
-    explanation = dmt_compile.explain(model, ids, "2x2", tower_module="dlrm")
+    explanation = dmt_compile.explain(model, ids, "2x2", tower_module="dcn")
     [refusal] = [item for item in explanation.unmatched if "Tower Modules are refused" in item.reason]
     assert "no cat or stack joins the vectors of several features" in refusal.reason
     assert explanation.plan.tower_modules is None
     assert "test_transformation.py" in refusal.source_line
-    assert torch.equal(compiled(model, tower_module="dlrm")(ids), model(ids))
+    assert torch.equal(compiled(model, tower_module="dcn")(ids), model(ids))
     assert not hasattr(model, "dmt_towers")
     torch._dynamo.reset()
     with pytest.raises(UnsupportedGraphError, match="no cat or stack joins the vectors"):
-        compiled(model, tower_module="dlrm", strict=True)(ids)
-    plan = replace(dmt_compile.plan(model, ids, "1x1"), tower_modules=TowerModules("dlrm"))
+        compiled(model, tower_module="dcn", strict=True)(ids)
+    plan = replace(dmt_compile.plan(model, ids, "1x1"), tower_modules=TowerModules("dcn"))
     text = (
         r"transform: expected features that meet in an interaction, found Tower Modules are refused: no cat .*\.py:\d+"
     )
@@ -415,7 +425,7 @@ def test_a_layer_that_features_share_with_the_dense_part_keeps_its_size() -> Non
     torch.manual_seed(0)
     model = Projected()
     batch = make_batch(model, 4, torch.Generator().manual_seed(0))
-    [refusal] = dmt_compile.explain(model, batch, "1x1", **DLRM_TOWERS).unmatched
+    [refusal] = dmt_compile.explain(model, batch, "1x1", **{**DLRM_TOWERS, "tower_module": "dcn"}).unmatched
     assert "it is also what features pass through before they meet: 8 columns would become 4" in refusal.reason
     same = {"tower_module": "dlrm", "towers": 2}
     assert torch.equal(compiled(copy.deepcopy(model), **same)(*batch), towered(model, batch, **same)(*batch))
