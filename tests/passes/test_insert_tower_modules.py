@@ -113,7 +113,7 @@ def transformed(head: nn.Module, kind: object = "dlrm", **options: object) -> nn
 def test_it_is_the_towered_model_that_one_would_write(
     flat: Callable[[], nn.Module], by_hand: Callable[[], nn.Module], bottom: int
 ) -> None:
-    mine = transformed(flat(), dim=2)
+    mine = transformed(flat(), dim=2, step=1)  # plain layers
     theirs = Towered(by_hand(), 2, bottom)
     names = {
         f"dmt_towers.tower{i}.each.4.{leaf}": f"towers.{i}.{leaf}" for i in range(2) for leaf in ("weight", "bias")
