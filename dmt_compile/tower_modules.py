@@ -12,7 +12,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,6 +270,17 @@ def build_tower_module(
             return KINDS[kind](spec, **options)
 
 
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Put every part of a module back into the mode, training or evaluation, that it was in."""
+    modes = {child: child.training for child in module.modules()}
+    try:
+        yield
+    finally:
+        for child, training in modes.items():
+            child.training = training
+
+
 def output_width(module: nn.Module, spec: TowerSpec) -> int:
     """Return how many columns a module sends.
 
@@ -278,18 +290,14 @@ def output_width(module: nn.Module, spec: TowerSpec) -> int:
     samples = 3
     parameter = next(module.parameters(), torch.empty(0))
     shape = (samples, len(spec.widths), spec.widths[0]) if spec.even else (samples, sum(spec.widths))
-    modes = {child: child.training for child in module.modules()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), modes_kept(module):
             out = module.eval()(torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"tower modules: expected a module for {spec.name} that takes {shape[1:]} a sample, found "
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
-    finally:
-        for child, training in modes.items():
-            child.training = training
     if not isinstance(out, torch.Tensor) or out.ndim != 2 or out.shape[0] != samples:
         found = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise ConfigError(

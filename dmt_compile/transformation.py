@@ -26,6 +26,7 @@ from dmt_compile.passes.insert_tower_modules import REFUSED
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.session import Passes, Session, plan_for
 from dmt_compile.topology import Topology
+from dmt_compile.tower_modules import modes_kept
 from dmt_compile.towers import NAME, Towers
 
 Forward = Callable[..., Any]
@@ -207,18 +208,20 @@ def _capture(
     towers: Towers | None,
     mode: bool,
 ) -> _Captured:
-    modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     assert isinstance(options.plan, TowerPlan)
     session = _Session(options, options.plan.topology, towers)
-    if model.training != mode:
-        model.train(mode)
     try:
-        with torch_internals.unlimited_recompiles(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with (
+            modes_kept(model),
+            torch_internals.unlimited_recompiles(),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+        ):
+            if model.training != mode:
+                model.train(mode)
             output = torch.compile(model, backend=session.backend)(*args, **kwargs)
     finally:
-        for module, training in modes.items():
-            module.training = training
         for buffer, before in buffers:
             buffer.data.copy_(before)
     if not session.captured:

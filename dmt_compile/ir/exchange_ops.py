@@ -445,23 +445,33 @@ def synchronize(tensors: Sequence[torch.Tensor], group: str) -> tuple[torch.Tens
 
     Cost: the parameters' bytes, twice across each link of a ring, once per backward pass.
     """
-    out: tuple[torch.Tensor, ...] = _Synchronize.apply(runtime.current().world, *tensors)  # type: ignore[no-untyped-call]
+    world = runtime.current().world
+    return _reduce_gradients(world, "synchronize", "world", world.topology.world_size, tensors)
+
+
+def _reduce_gradients(
+    world: runtime.World, label: str, group: str, divisor: int, tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    out: tuple[torch.Tensor, ...] = _ReduceGradients.apply(world, label, group, divisor, *tensors)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Synchronize(torch.autograd.Function):
+class _ReduceGradients(torch.autograd.Function):
+    """Sums gradients over the ranks of a group in one all-reduce, and divides them."""
+
     @staticmethod
-    def forward(ctx: Any, world: runtime.World, *tensors: torch.Tensor) -> Any:
-        ctx.world = world
+    def forward(ctx: Any, world: runtime.World, label: str, group: str, divisor: int, *tensors: torch.Tensor) -> Any:
+        ctx.saved = world, label, group, divisor
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        world, label, group, divisor = ctx.saved
         flat = torch.cat([grad.reshape(-1) for grad in grads])
-        ctx.world.all_reduce(flat, "synchronize")
-        flat /= ctx.world.topology.world_size
+        world.all_reduce(flat, label, group=group)
+        flat /= divisor
         parts = flat.split([grad.numel() for grad in grads])
-        return None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
+        return None, None, None, None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
 
 
 @operator(lambda sizes, tensors, route, group: tuple(t.view_as(t) for t in tensors), collective=True)
@@ -475,22 +485,7 @@ def synchronize_tower(tensors: Sequence[torch.Tensor], route: Route, group: int)
     """
     if route.group != group:
         return tuple(tensor.detach() for tensor in tensors)
-    out: tuple[torch.Tensor, ...] = _SynchronizeTower.apply(runtime.current().world, *tensors)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _SynchronizeTower(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, world: runtime.World, *tensors: torch.Tensor) -> Any:
-        ctx.world = world
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        ctx.world.all_reduce(flat, "synchronize_tower", group="intra")
-        parts = flat.split([grad.numel() for grad in grads])
-        return None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
+    return _reduce_gradients(runtime.current().world, "synchronize_tower", "intra", 1, tensors)
 
 
 @operator(lambda sizes, tensors, group: tuple(tensors), collective=True)

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.ir.pass_base import PassContext
+from dmt_compile.tower_modules import modes_kept
 
 
 def inline(
@@ -51,19 +52,16 @@ def _trace(module: nn.Module, name: str) -> fx.Graph:
             return False
 
     graphs = []
-    modes = {child: child.training for child in module.modules()}
     try:
-        for mode in (True, False):
-            graphs.append(Tracer().trace(module.train(mode)))
+        with modes_kept(module):
+            for mode in (True, False):
+                graphs.append(Tracer().trace(module.train(mode)))
     except Exception as error:
         said = str(error).splitlines()[0] if str(error) else ""
         raise UnsupportedGraphError(
             f"insert_tower_modules: expected a module for {name} that torch.fx can trace, found "
             f"{type(error).__name__}: {said}; use dmt_compile.transform, whose result torch.compile reads itself"
         ) from error
-    finally:
-        for child, training in modes.items():
-            child.training = training
     if str(graphs[0]) != str(graphs[1]):
         raise UnsupportedGraphError(
             f"insert_tower_modules: expected a module for {name} that is the same in training and evaluation, found "
