@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dmt_compile
 from dmt_compile.tower_modules import INITS
 
-PARTITIONS = ("strided", "balanced", "coherent:cosine", "diverse:cosine")
+PARTITIONS = ("strided", "coherent:nid", "balanced", "diverse:nid", "coherent:cosine", "diverse:cosine")
 STRATEGIES, SIGNALS = ("coherent", "diverse"), ("cosine", "nid", "archdetect")
 COMPRESSIONS = (2, 4, 8, 16)
 TOWERS = (2, 4, 8)

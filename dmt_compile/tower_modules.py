@@ -142,6 +142,9 @@ class DotTower(DLRMTower):
     F * (F - 1) / 2. Features must have one width.
     """
 
+    rows: torch.Tensor
+    columns: torch.Tensor
+
     def __init__(
         self,
         spec: TowerSpec,
@@ -221,8 +224,9 @@ class DCNTower(nn.Module):
 
     def forward(self, embs: torch.Tensor) -> torch.Tensor:
         """Return (B, O) of embs (B, F, N), or (B, W) where widths differ."""
-        crossed = self.cross(embs.flatten(1))
-        return crossed if self.project is None else self.project(crossed)
+        crossed: torch.Tensor = self.cross(embs.flatten(1))
+        sent: torch.Tensor = crossed if self.project is None else self.project(crossed)
+        return sent
 
 
 KINDS: dict[str, Callable[..., nn.Module]] = {"dlrm": DLRMTower, "dcn": DCNTower, "dot": DotTower}
