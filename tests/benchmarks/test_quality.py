@@ -151,7 +151,8 @@ def made_lines() -> list[dict[str, Any]]:
             line = {
                 "data": "made_up", "rows": 10, "model": "dlrm", "settings": {"dim": 4}, "seed": seed,
                 "variant": partition if partition == "flat" else f"{partition} T4 {compression}x dlrm(dim=2)",
-                "partition": partition, "towers": 4, "test_auc": mean + generator.normal() / 1000,
+                "partition": partition, "towers": 4, "compression": compression,
+                "test_auc": mean + generator.normal() / 1000,
             }  # fmt: skip
             if partition != "flat":
                 line |= {"flat_cross_host_bytes": 64.0, "cross_host_bytes": 64.0 / compression}
