@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dmt_compile
 from dmt_compile.tower_modules import INITS
 
-PARTITIONS = ("strided", "balanced", "coherent:cosine", "diverse:cosine")
+PARTITIONS = ("strided", "coherent:nid", "balanced", "diverse:nid", "coherent:cosine", "diverse:cosine")
 STRATEGIES, SIGNALS = ("coherent", "diverse"), ("cosine", "nid", "archdetect")
 COMPRESSIONS = (2, 4, 8, 16)
 TOWERS = (2, 4, 8)
@@ -235,11 +235,19 @@ class Bench:
         self.results.append({**line, "max_abs_error": certificate.max_abs_error})
 
 
-def jobs(names: list[str], rows: str, seeds: range, data: QualityData) -> Iterator[tuple[str, Variant, int]]:
+def settings_of(model: str, data: str, dim: int | None) -> Settings:
+    """Return the settings of a model and data set, of another embedding width where one is given."""
+    settings = SETTINGS[model, data]
+    return settings if dim is None else replace(settings, dim=dim)
+
+
+def jobs(
+    names: list[str], rows: str, seeds: range, data: QualityData, dim: int | None = None
+) -> Iterator[tuple[str, Variant, int]]:
     """Yield every training: seed by seed within a part of the table, so that all of its rows grow together."""
     for model in names:
-        features, dim = len(data.table_rows), SETTINGS[model, data.name].dim
-        table, headline = variants(model, rows, features, dim), variants(model, "headline", features, dim)
+        shape = len(data.table_rows), settings_of(model, data.name, dim).dim
+        table, headline = variants(model, rows, *shape), variants(model, "headline", *shape)
         head = [v for v in table if v in headline]
         for part in (head, [v for v in table if v not in head]):
             for seed in seeds:
@@ -256,6 +264,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--rows", choices=("flat", "paper", "headline", "signals", "modules", "all"), default="headline"
     )
+    parser.add_argument("--dim", type=int, help="embedding width, in place of the settings'")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the results file, one JSON line for each training")
@@ -275,12 +284,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     data = LOADERS[args.data](args.path, args.limit_rows)
     bench = Bench(data, results)
-    todo = list(jobs(args.model, args.rows, range(args.first_seed, args.first_seed + args.seeds), data))
+    todo = list(jobs(args.model, args.rows, range(args.first_seed, args.first_seed + args.seeds), data, args.dim))
     left = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), BarColumn(), *left, console=Console()) as progress:
         task = progress.add_task(args.data, total=len(todo))
         for model, variant, seed in todo:
-            settings = SETTINGS[model, data.name]
+            settings = settings_of(model, data.name, args.dim)
             line = bench.line(model, variant, seed, settings)
             if line not in results:
                 bench.certify(model, settings)

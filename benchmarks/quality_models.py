@@ -51,10 +51,10 @@ class Settings:
 SETTINGS: dict[tuple[str, str], Settings] = {
     ("dlrm", "nycflights"): Settings(dim=32, lr=2e-2, weight_decay=5e-4, epochs=3),
     ("dcn", "nycflights"): Settings(lr=2e-2, weight_decay=5e-4, epochs=3),
-    ("dlrm", "frappe"): Settings(epochs=12),
-    ("dcn", "frappe"): Settings(epochs=12),
-    ("dlrm", "ml1m"): Settings(),
-    ("dcn", "ml1m"): Settings(),
+    ("dlrm", "frappe"): Settings(dim=32, lr=1e-2, weight_decay=1e-3, epochs=8),
+    ("dcn", "frappe"): Settings(dim=32, lr=1e-2, weight_decay=3e-4, epochs=8),
+    ("dlrm", "ml1m"): Settings(dim=32, lr=1e-2, weight_decay=5e-4, epochs=4),
+    ("dcn", "ml1m"): Settings(lr=1e-2, weight_decay=5e-4, epochs=4),
 }
 
 

@@ -18,6 +18,8 @@ COLUMNS = (
     *("p flat", "p strided", "bytes", "x fewer"),
 )
 
+MARKS = (("strided", "o", "C0"), ("balanced", "s", "C1"), ("coherent", "^", "C2"), ("diverse", "v", "C3"))
+
 Lines = Sequence[dict[str, Any]]
 
 
@@ -148,30 +150,35 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     groups = list(dict.fromkeys(_group(row.line) for row in rows if row.fewer_bytes and row.loss is not None))
-    figure, axes = pyplot.subplots(1, max(len(groups), 1), figsize=(5.2 * max(len(groups), 1), 4.2), squeeze=False)
-    marks = {"strided": "o", "balanced": "s", "coherent": "^", "diverse": "v"}
+    figure, axes = pyplot.subplots(1, max(len(groups), 1), figsize=(5 * max(len(groups), 1), 4.6), squeeze=False)
     for axis, group in zip(axes[0], groups, strict=False):
         mine = [row for row in rows if _group(row.line) == group and row.fewer_bytes and row.loss is not None]
-        for partition, mark in marks.items():
+        for partition, mark, colour in MARKS:
             chosen = [row for row in mine if row.line["partition"].partition(":")[0] == partition]
             if chosen:
+                shares = [100 / (row.fewer_bytes or 1) for row in chosen]
+                spreads = [row.std for row in chosen]
                 axis.errorbar(
-                    [1 / (row.fewer_bytes or 1) for row in chosen], [row.loss for row in chosen],
-                    yerr=[row.std for row in chosen], fmt=mark, label=partition, alpha=0.75, capsize=2,
-                )  # fmt: skip
+                    shares, [row.loss for row in chosen], yerr=spreads, fmt=mark, color=colour, alpha=0.75, capsize=2
+                )
         best = frontier(mine)
-        shares, losses = [1 / (row.fewer_bytes or 1) for row in best], [row.loss for row in best]
-        axis.plot(shares, losses, "k--", lw=1, label="frontier")
+        axis.plot([100 / (row.fewer_bytes or 1) for row in best], [row.loss for row in best], "k--", lw=1)
         spread = mine[0].flat_std or 0.0
-        axis.axhspan(-spread, spread, color="0.85", zorder=0, label="flat, one std")
+        axis.axhspan(-spread, spread, color="0.85", zorder=0)
         axis.set_xscale("log", base=2)
+        ticks = sorted({round(100 / row.line["compression"], 2) for row in mine})
+        axis.set_xticks(ticks, [f"{tick:g}%" for tick in ticks])
         axis.set_xlabel("bytes across hosts, share of the flat exchange")
-        axis.set_title(f"{group[2]} on {group[0]}")
-    axes[0][0].set_ylabel("AUC loss against flat (medians)")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+        axis.set_title(f"{group[2]}, {group[0]}")
+    axes[0][0].set_ylabel("loss of AUC against flat, medians")
+    handles = [Line2D([], [], marker=mark, color=colour, ls="", label=name) for name, mark, colour in MARKS]
+    handles += [Line2D([], [], color="k", ls="--", label="frontier"), Patch(color="0.85", label="flat, one std")]
+    figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -226,7 +226,8 @@ class DCNTower(nn.Module):
     def forward(self, embs: torch.Tensor) -> torch.Tensor:
         """Return (B, O) of embs (B, F, N), or (B, W) where widths differ."""
         crossed: torch.Tensor = self.cross(embs.flatten(1))
-        return crossed if self.project is None else self.project.forward(crossed)
+        sent: torch.Tensor = crossed if self.project is None else self.project(crossed)
+        return sent
 
 
 KINDS: dict[str, Callable[..., nn.Module]] = {"dlrm": DLRMTower, "dcn": DCNTower, "dot": DotTower}

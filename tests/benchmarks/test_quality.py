@@ -55,12 +55,13 @@ def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_run_resumes_where_it_stopped(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    arguments = ("--model", "dcn", "--rows", "modules", "--seeds", "1")
+    arguments = ("--model", "dcn", "--rows", "paper", "--seeds", "1")
     whole = run(*arguments)
-    assert [line["variant"] for line in whole[:3]] == [
+    assert [line["variant"].split("(")[0] for line in whole] == [
         "sptt",
         "flat",
-        "strided T4 4x dcn(dim=1,init=shared,output=per_feature)",
+        "strided T4 4x dcn",
+        "strided T4 2x dcn",
     ]
     path = tmp_path / "results.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -80,16 +81,34 @@ def test_a_run_resumes_where_it_stopped(run: Any, monkeypatch: pytest.MonkeyPatc
     assert len(trained) == 2
 
 
-def test_what_towers_send_is_what_was_asked_for(run: Any) -> None:
-    lines = run("--model", "dlrm", "--rows", "headline", "--seeds", "1")
-    sent = {line["variant"]: line for line in lines if line["module"]}
-    assert len(sent) == 10
-    for line in sent.values():
-        fewer = line["flat_cross_host_bytes"] / line["cross_host_bytes"]
-        assert fewer >= line["compression"]
-        # 8 features of 4 columns go to 4 hosts and back: three quarters of the samples are elsewhere.
-        assert line["flat_cross_host_bytes"] == 8 * 4 * 4 * 2 * 3 / 4
-    assert sent["strided T4 2x dlrm(c=1,dim=2,p=0)"]["cross_host_bytes"] == 96
+def test_what_towers_send_is_what_was_asked_for(tmp_path: Path) -> None:
+    data = made_up()
+    bench = quality.Bench(data, quality.Results(tmp_path / "results.jsonl"))
+    for kind, partition, compression, columns in (
+        ("each", "strided", 2, 16),
+        ("together", "balanced", 4, 8),
+        ("dot", "coherent:nid", 2, 8 * 1 + 4),
+    ):
+        variant = quality.variant_of(kind, partition, 4, compression, 8, SMALL.dim)
+        assert variant is not None
+        sent = bench.sent("dlrm", variant, SMALL)
+        # 4 bytes a column, to 4 hosts and back: three quarters of the samples are elsewhere.
+        assert sent == {"cross_host_bytes": columns * 6, "flat_cross_host_bytes": 8 * 4 * 6}
+    assert (tmp_path / f"results.made_up-400-dlrm-nid-{quality.digest(SMALL)}.json").exists()
+
+
+def test_products_that_leave_no_room_for_vectors_are_no_variant() -> None:
+    assert quality.variant_of("dot", "strided", 1, 16, 8, 4) is None
+
+
+@pytest.mark.parametrize("model", ["dlrm", "dcn"])
+def test_rows_hold_no_variant_twice(model: str) -> None:
+    for rows in ("flat", "paper", "headline", "signals", "modules", "all"):
+        keys = [variant.key for variant in quality.variants(model, rows, 21, 32)]
+        assert len(set(keys)) == len(keys)
+        assert keys[0] == "flat"
+    singles = [v for v in quality.variants(model, "all", 21, 32) if v.towers == 21]
+    assert [v.compression for v in singles] == [2, 4, 8, 16]
 
 
 def test_the_transform_without_modules_is_certified_once(run: Any) -> None:
@@ -132,7 +151,8 @@ def made_lines() -> list[dict[str, Any]]:
             line = {
                 "data": "made_up", "rows": 10, "model": "dlrm", "settings": {"dim": 4}, "seed": seed,
                 "variant": partition if partition == "flat" else f"{partition} T4 {compression}x dlrm(dim=2)",
-                "partition": partition, "towers": 4, "test_auc": mean + generator.normal() / 1000,
+                "partition": partition, "towers": 4, "compression": compression,
+                "test_auc": mean + generator.normal() / 1000,
             }  # fmt: skip
             if partition != "flat":
                 line |= {"flat_cross_host_bytes": 64.0, "cross_host_bytes": 64.0 / compression}
