@@ -26,6 +26,7 @@ from dmt_compile.runtime.simulated_world import SimulatedWorld
 from dmt_compile.runtime.state import full_state_dict
 from dmt_compile.runtime.warmup import warmup
 from dmt_compile.topology import Topology
+from dmt_compile.tower_modules import TowerSpec
 from dmt_compile.transformation import TransformedModel, transform
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "Topology",
     "Tower",
     "TowerPlan",
+    "TowerSpec",
     "TransformedModel",
     "UnsupportedGraphError",
     "VerifyError",
