@@ -214,7 +214,7 @@ def _count(kind: str, towers: int, tower_module: str | None, options: tuple[tupl
             towers=towers,
             partition="strided",
             tower_module=tower_module,
-            tower_module_options=dict(options),
+            tower_module_options={**dict(options), "step": 1},  # the paper's plain layers
             verify=False,  # transform does
         )
         sizes = tuple(len(tower.tables) for tower in plan.towers)

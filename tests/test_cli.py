@@ -80,7 +80,7 @@ def test_an_explanation_is_printed_and_written_with_its_certificate(
     written = json.loads((folder / "all.json").read_text())
     assert written["effect"] == "REORDERED"
     assert TowerPlan.from_json(json.dumps(written["plan"])).topology == Topology(1, 2)
-    assert {"name", "effect", "changed", "matched", "left_alone"} == written["passes"][0].keys()
+    assert {"name", "effect", "changed", "matched", "left_alone", "notes"} == written["passes"][0].keys()
     assert written["bytes_per_link"]["sptt"]["cross"] == 0 < written["bytes_per_link"]["sptt"]["intra"]
     certificate = Certificate.from_json(json.dumps(written["certificate"]))
     assert (certificate.topology, certificate.seed, certificate.holds) == ("1x2", 3, True)
