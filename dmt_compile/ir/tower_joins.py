@@ -6,6 +6,7 @@ tower sends, W columns.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,11 +81,12 @@ def feed_tower(
     joined = call(ops.tower_input, mine, tower.spec.name)
     even = tower.spec.even
     if any(name_of(node) not in _LAY_OUT for name in tower.spec.features for node in family.local[name]):
-        columns, start = [], 0
-        for lookup, name in zip(mine, tower.spec.features, strict=True):
-            piece = call(torch.narrow, joined, 1, start, columns_of(lookup))
-            columns.append(_own_chain(gm, ctx, family.local[name], lookup, piece, ends[name]))
-            start += columns_of(lookup)
+        columns = [
+            _own_chain(gm, ctx, family.local[name], lookup, piece, ends[name])
+            for lookup, name, piece in zip(
+                mine, tower.spec.features, _apart(call, joined, [columns_of(lookup) for lookup in mine]), strict=True
+            )
+        ]
         return joined, call(torch.stack if even else torch.cat, columns, 1)
     return joined, call(torch.unflatten, joined, 1, (len(mine), tower.spec.widths[0])) if even else joined
 
@@ -115,6 +117,7 @@ class Sent:
     ) -> None:
         self.call, self.towers, self.outputs = call, towers, outputs
         self._pieces: dict[tuple[fx.Node, int, int], fx.Node] = {}
+        self._features: dict[fx.Node, list[fx.Node]] = {}
 
     def columns(self, output: fx.Node, start: int, width: int) -> fx.Node:
         """Return columns of what a tower sent."""
@@ -123,6 +126,13 @@ class Sent:
         if (output, start, width) not in self._pieces:
             self._pieces[output, start, width] = self.call(torch.narrow, output, 1, start, width)
         return self._pieces[output, start, width]
+
+    def features(self, tower: SendingTower, output: fx.Node) -> list[fx.Node]:
+        """Return the vector of each feature of a tower that sends one for each, and its scalars if there are some."""
+        if output not in self._features:
+            widths = [*(tower.of_features or ()), *([tower.scalars] if tower.scalars else [])]
+            self._features[output] = _apart(self.call, output, widths)
+        return self._features[output]
 
     def scalars(self) -> list[fx.Node]:
         """Return the scalars of every tower that sends some, (B, scalars)."""
@@ -148,23 +158,26 @@ class Sent:
                 width = tower.width if scalars else vectors
                 placed += [(min(places), self.columns(out, 0, width))] if width else []
                 continue
-            start = 0
-            for index, width in zip(places, widths, strict=True):
-                placed.append((index, self.columns(out, start, width)))
-                start += width
+            pieces = self.features(tower, out)
+            placed += list(zip(places, pieces, strict=False))
             if tower.scalars and scalars:
-                placed.append((max(places), self.columns(out, vectors, tower.scalars)))
+                placed.append((max(places), pieces[-1]))
         return [node for _, node in sorted(placed, key=lambda pair: pair[0])]
 
     def of_each(self) -> dict[str, fx.Node]:
         """Return the vector of each feature, where towers send one for each."""
         found: dict[str, fx.Node] = {}
         for tower, out in zip(self.towers, self.outputs, strict=True):
-            start = 0
-            for name, width in zip(tower.spec.features, tower.of_features or (), strict=True):
-                found[name] = self.columns(out, start, width)
-                start += width
+            found |= dict(zip(tower.spec.features, self.features(tower, out), strict=False))
         return found
+
+
+def _apart(call: Callable[..., fx.Node], joined: fx.Node, widths: list[int]) -> list[fx.Node]:
+    """Take columns apart in one piece of work: a slice for each would add up as many gradients of the whole."""
+    if len(widths) == 1:
+        return [joined]
+    pieces = call(torch.split, joined, widths, 1)
+    return [call(operator.getitem, pieces, index) for index in range(len(widths))]
 
 
 def join_again(
