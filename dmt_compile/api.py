@@ -26,7 +26,6 @@ from dmt_compile.pipeline import PassRecord, PipelineReport
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.session import Passes, Session, next_dump, plan_for, world_size
 from dmt_compile.topology import Topology
-from dmt_compile.towers import NAME
 
 
 def plan(
@@ -169,10 +168,7 @@ class _CaptureSession(Session):
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture | None = None) -> TowerPlan:
         """Plan for the stated topology."""
-        if capture is None:
-            return plan_for(self.options, self.topology, tables)
-        towers = getattr(capture.root, NAME, None)
-        return plan_for(self.options, self.topology, tables, capture.other_tables(tables), towers)
+        return plan_for(self.options, self.topology, tables, capture)
 
     def program(self, capture: Capture, run: Passes) -> Callable[..., Any]:
         """Stop where no graph can follow; let the model run on in eager mode otherwise."""

@@ -171,7 +171,7 @@ class _Session(Session):
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
         """Return the plan that was given."""
-        return plan_for(self.options, self.topology, tables, capture.other_tables(tables))
+        return plan_for(self.options, self.topology, tables, capture)
 
     def program(self, capture: Capture, run: Passes) -> Callable[..., Any]:
         """Rewrite the graph; run the flat one."""

@@ -10,13 +10,11 @@ features side by side.
 from __future__ import annotations
 
 import functools
-import operator as py_operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from torch import fx
 
 from dmt_compile.errors import CollectiveError
 from dmt_compile.ir.ops import FreshSizes, operator, requires_grad
@@ -494,12 +492,3 @@ def broadcast_buffers(tensors: Sequence[torch.Tensor], group: str) -> tuple[torc
     for tensor in tensors:
         runtime.current().world.broadcast(tensor.data, "broadcast_buffers")  # .data: no new version for autograd
     return tuple(tensors)
-
-
-def behind_averaging(node: fx.Node) -> fx.Node:
-    """Return the parameter or buffer that a node is, where it passed through ``synchronize`` or the like."""
-    bucket = node.args[0] if node.target is py_operator.getitem else None
-    if isinstance(bucket, fx.Node) and bucket.target in (synchronize, synchronize_tower, broadcast_buffers):
-        passed: Any = bucket.args[0]
-        return cast(fx.Node, passed[node.args[1]])
-    return node

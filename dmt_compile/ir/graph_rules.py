@@ -16,6 +16,7 @@ from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
 from dmt_compile.ir.metadata import LOOKUP_RULES, describe, same, symbols_of
 from dmt_compile.ir.pass_base import VIEWS, PassContext, ancestors, calls, mutates, name_of, nodes_in, placeholders
+from dmt_compile.ir.tower_regions import behind_averaging
 from dmt_compile.plan import whole_of
 
 _LOOKUPS = (ops.lookup, ops.batched_lookup)
@@ -162,6 +163,6 @@ def regions(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
         if node.op not in ("call_function", "call_method") or outside:
             continue
         if isinstance(value, torch.Tensor) and value.requires_grad:
-            dense = [n.name for n in map(ex.behind_averaging, node.all_input_nodes) if n.name in ctx.parameters]
+            dense = [n.name for n in map(behind_averaging, node.all_input_nodes) if n.name in ctx.parameters]
             if dense:
                 yield f"{node.name} computes on {dense} outside every dense region"

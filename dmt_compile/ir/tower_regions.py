@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -79,6 +80,15 @@ class TowerRegions:
             erase_unused(gm, module.output)
 
 
+def behind_averaging(node: fx.Node) -> fx.Node:
+    """Return the parameter or buffer that a node is, where it passed through ``synchronize`` or the like."""
+    bucket = node.args[0] if node.target is operator.getitem else None
+    if isinstance(bucket, fx.Node) and bucket.target in (ex.synchronize, ex.synchronize_tower, ex.broadcast_buffers):
+        passed: Any = bucket.args[0]
+        return cast(fx.Node, passed[node.args[1]])
+    return node
+
+
 def held_by_one_group(gm: fx.GraphModule, ctx: PassContext) -> dict[fx.Node, int]:
     """Return the parameters and buffers that only Tower Modules of one tower group read, and that group."""
     groups: dict[fx.Node, set[int]] = {}
@@ -87,7 +97,7 @@ def held_by_one_group(gm: fx.GraphModule, ctx: PassContext) -> dict[fx.Node, int
         given: Any = run.args[4]
         for tower in towers:
             for node in given[tower.region] if tower.region >= 0 else ():
-                groups.setdefault(ex.behind_averaging(node), set()).add(tower.group)
+                groups.setdefault(behind_averaging(node), set()).add(tower.group)
     inside = (ex.run_towers, ex.synchronize_tower)
     return {
         node: groups[node].pop()

@@ -42,7 +42,6 @@ from dmt_compile.runtime.sharding import guard_state_dict, replicate, shard_tabl
 from dmt_compile.runtime.tables import ShardedTable
 from dmt_compile.runtime.world import ProcessWorld
 from dmt_compile.topology import Topology
-from dmt_compile.towers import NAME
 
 CHECKSUM_EVERY = 64  # steps; a replica that drifts is reported by then
 COMPILING_CALLS = 2  # of a program; its first backward pass still compiles
@@ -156,9 +155,7 @@ class DistributedSession(Session):
             return signature(specs, describe_options(options), _shapes(capture.outer))
 
         return agree(
-            lambda: plan_for(
-                self.options, self.topology, specs, capture.other_tables(specs), getattr(capture.root, NAME, None)
-            ),
+            lambda: plan_for(self.options, self.topology, specs, capture),
             mine,
             self.options.first_timeout_s,
         )

@@ -62,21 +62,19 @@ def next_dump(folder: str | Path | None) -> GraphDump | None:
 
 
 def plan_for(
-    options: Options,
-    topology: Topology,
-    tables: Sequence[TableSpec],
-    elsewhere: Sequence[TableSpec] = (),
-    towers: Towers | None = None,
+    options: Options, topology: Topology, tables: Sequence[TableSpec], capture: Capture | None = None
 ) -> TowerPlan:
     """Return the user's plan, checked against topology and tables, or a new one.
 
-    ``elsewhere`` are tables of the model that this graph does not hold; a user's plan may name them. ``towers`` are
-    those that the model has already; without other wishes their tables stay together.
+    ``capture`` tells what else the model has: tables that this graph does not hold, which a user's plan may name, and
+    Tower Modules, whose tables stay together without other wishes.
 
     Raises:
         PlanError: the plan belongs to another model or topology.
     """
     given = options.resolve_plan()
+    elsewhere = [] if capture is None else capture.other_tables(tables)
+    towers: Towers | None = None if capture is None else getattr(capture.root, NAME, None)
     if given is None:
         partition = options.partition
         held = {name: k for k, names in enumerate(towers.tables.values()) for name in names} if towers else {}
@@ -148,8 +146,7 @@ class LocalSession(Session):
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
         """Plan one rank."""
-        towers = getattr(capture.root, NAME, None)
-        return plan_for(self.options, self.topology, tables, capture.other_tables(tables), towers)
+        return plan_for(self.options, self.topology, tables, capture)
 
     def program(self, capture: Capture, run: Passes) -> Callable[..., Any]:
         """Lower the graph for this process."""

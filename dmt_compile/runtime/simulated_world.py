@@ -23,7 +23,6 @@ from dmt_compile.runtime.program import fingerprint
 from dmt_compile.runtime.session import Passes, Session, attach_towers, guard_towers, next_dump, plan_for
 from dmt_compile.runtime.world import Execution, Ledger, executing
 from dmt_compile.topology import Topology
-from dmt_compile.towers import NAME
 
 
 class SimulatedWorld:
@@ -154,9 +153,7 @@ class _SimulatedSession(Session):
         """Plan once for each set of tables."""
         key = tuple(table.name for table in tables)
         if key not in self._plans:
-            self._plans[key] = plan_for(
-                self.options, self.topology, tables, capture.other_tables(tables), getattr(capture.root, NAME, None)
-            )
+            self._plans[key] = plan_for(self.options, self.topology, tables, capture)
         return self._plans[key]
 
     def program(self, capture: Capture, run: Passes) -> Callable[..., Any]:
