@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from dmt_compile.ir.exchange_ops import broadcast_buffers, run_towers, synchronize
+from dmt_compile.ir.exchange_ops import run_towers
+from dmt_compile.ir.gradient_ops import broadcast_buffers, synchronize
 from dmt_compile.ir.metadata import LOOKUP_RULES
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, calls, sort_graph

@@ -28,7 +28,7 @@ import torch
 from torch import fx
 
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import ops
+from dmt_compile.ir import gradient_ops, id_ops, ops
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, only_joined, sort_graph
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.ir.tower_regions import find_towers
@@ -88,14 +88,14 @@ class LowerToSptt(Pass):
 
         with gm.graph.inserting_before(check):
             outputs = towers.group_widths(groups.hosts)
-            layout = call(ex.layout, groups.hosts, groups.local_ranks, owners, widths, jagged, weighted, outputs)
-            packed = call(ex.pack_ids, layout, ids, offsets, how, weights, others, rows, check_ids)
+            layout = call(id_ops.layout, groups.hosts, groups.local_ranks, owners, widths, jagged, weighted, outputs)
+            packed = call(id_ops.pack_ids, layout, ids, offsets, how, weights, others, rows, check_ids)
             payload, sent = call(operator.getitem, packed, 0), call(operator.getitem, packed, 1)
-            received = call(ex.exchange_headers, sent, rows, labels)
+            received = call(id_ops.exchange_headers, sent, rows, labels)
             bags = call(torch.ops.aten.sym_size.int, offsets[0] if jagged[0] else ids[0], 0)  # type: ignore[index]
             bags = call(operator.sub, bags, 1) if how[0].last_offset else bags  # type: ignore[index, union-attr]
-            route = call(ex.route, layout, sent, received, bags)
-            bags_of = call(ex.unpack_ids, call(ex.all_to_all, payload, route, "ids", "world", "int64"), route)
+            route = call(id_ops.route, layout, sent, received, bags)
+            bags_of = call(id_ops.unpack_ids, call(ex.all_to_all, payload, route, "ids", "world", "int64"), route)
             factors = self._exchange_weights(ctx, call, check, route) if any(weighted) else [None] * len(lookups)
         for index, lookup in enumerate(lookups):
             with gm.graph.inserting_before(lookup):
@@ -121,7 +121,7 @@ class LowerToSptt(Pass):
                 moved = call(ex.all_to_all, joined, route, "peer", "peer", dtype)
                 joined = call(ex.join_blocks, moved, route, "peer")
             if ctx.training:
-                joined = call(ex.scale_gradient, joined, 1 / ctx.topology.world_size)
+                joined = call(gradient_ops.scale_gradient, joined, 1 / ctx.topology.world_size)
             split = call(ops.split_features, joined, None if towers.modules else layout, towers.widths or None)
 
             def column(index: int, like: torch.Tensor) -> fx.Node:
@@ -134,7 +134,7 @@ class LowerToSptt(Pass):
                 piece = column(towers.place(index), value)
                 piece = piece if joined_only[index] else call(torch.clone, piece)
                 if how[index].scale_grad_by_freq:  # type: ignore[index, union-attr]
-                    piece = call(ex.scale_by_frequency, piece, ids[index])  # type: ignore[index]
+                    piece = call(gradient_ops.scale_by_frequency, piece, ids[index])  # type: ignore[index]
                 for user in own_users:
                     user.replace_input_with(lookups[index], piece)
             for tower in towers.modules:
@@ -160,11 +160,13 @@ class LowerToSptt(Pass):
             factor if d == promoted else call(torch.Tensor.to, factor, promoted)
             for factor, d in zip(factors, dtypes, strict=True)
         ]
-        packed = call(ex.pack_weights, factors, [s for s, *_ in weighted], tuple(how for _, how, _ in weighted), route)
+        packed = call(
+            id_ops.pack_weights, factors, [s for s, *_ in weighted], tuple(how for _, how, _ in weighted), route
+        )
         if packed.meta["val"].requires_grad:
-            packed = call(ex.scale_gradient, packed, float(ctx.topology.world_size))
+            packed = call(gradient_ops.scale_gradient, packed, float(ctx.topology.world_size))
         dtype = str(promoted).removeprefix("torch.")
-        received = call(ex.unpack_weights, call(ex.all_to_all, packed, route, "weights", "world", dtype), route)
+        received = call(id_ops.unpack_weights, call(ex.all_to_all, packed, route, "weights", "world", dtype), route)
         out: list[fx.Node | None] = []
         remaining = iter(dtypes)
         for index, factor in enumerate(cast(Any, check.args[3])):

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from dmt_compile.ir import exchange_ops as ex
+from dmt_compile.ir import gradient_ops
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.ir.tower_regions import held_by_one_group
@@ -52,9 +53,9 @@ class SyncDenseGradients(Pass):
             if not isinstance(ctx.parameters[n.name], torch.nn.Parameter) and n.meta["val"].is_floating_point()
         ]  # fmt: skip
         for bucket in self._buckets(trained):
-            self._pass_through(gm, ctx, bucket, held[-1], ex.synchronize)
+            self._pass_through(gm, ctx, bucket, held[-1], gradient_ops.synchronize)
         if buffers:
-            self._pass_through(gm, ctx, buffers, held[-1], ex.broadcast_buffers)
+            self._pass_through(gm, ctx, buffers, held[-1], gradient_ops.broadcast_buffers)
         matched = len(trained) + len(buffers) + summed
         return PassReport(changed=bool(matched), matched=matched)
 
@@ -72,9 +73,11 @@ class SyncDenseGradients(Pass):
                 places: dict[fx.Node, fx.Node] = {}
                 with gm.graph.inserting_before(run):
                     for node in (n for n in trained if n not in of_towers):
-                        places[node] = ctx.call(gm, ex.scale_gradient, node, ctx.topology.world_size, like=run)
+                        places[node] = ctx.call(
+                            gm, gradient_ops.scale_gradient, node, ctx.topology.world_size, like=run
+                        )
                     if alone:
-                        together = ctx.call(gm, ex.synchronize_tower, alone, route, tower.group, like=run)
+                        together = ctx.call(gm, gradient_ops.synchronize_tower, alone, route, tower.group, like=run)
                         places |= {n: ctx.call(gm, operator.getitem, together, i) for i, n in enumerate(alone)}
                 passed[tower.region] = tuple(places.get(n, n) for n in nodes)
                 matched += len(trained)

@@ -17,7 +17,7 @@ import dmt_compile
 from dmt_compile import Certificate, Topology
 from dmt_compile.distinct_batches import Call, draw_calls, find_reads, same_call
 from dmt_compile.errors import ConfigError
-from dmt_compile.ir import exchange_ops
+from dmt_compile.ir import gradient_ops
 from dmt_compile.ir.pass_base import PassContext
 from dmt_compile.ir.stages import Effect
 from dmt_compile.ir.tower_regions import TowerRegions
@@ -165,7 +165,7 @@ def test_a_wrong_peer_order_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_table_gradients_without_the_mean_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = small()
-    monkeypatch.setattr(exchange_ops._ScaleGradient, "backward", staticmethod(lambda ctx, *grads: (grads[0], None)))
+    monkeypatch.setattr(gradient_ops._ScaleGradient, "backward", staticmethod(lambda ctx, *grads: (grads[0], None)))
     found = eagerly(model, batch, "2x1")
     assert wrong(found) == {"emb.0.weight", "emb.1.weight", "emb.2.weight"}
     assert found.quantities[1].max_relative_error == pytest.approx(1.0)
@@ -526,7 +526,7 @@ def test_a_parameter_that_towers_share_gets_its_factor_back(monkeypatch: pytest.
     call = PassContext.call
 
     def without(self: PassContext, gm: Any, target: Any, *args: Any, like: Any = None) -> Any:
-        if target is exchange_ops.scale_gradient and args[1] > 1:
+        if target is gradient_ops.scale_gradient and args[1] > 1:
             args = (args[0], 1.0)
         return call(self, gm, target, *args, like=like)
 

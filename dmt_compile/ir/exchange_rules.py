@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import ops
+from dmt_compile.ir import gradient_ops, id_ops, ops
 from dmt_compile.ir.pass_base import PassContext, calls, nodes_in, placeholders
 
 _LOOKUPS = (ops.lookup, ops.batched_lookup)
@@ -38,7 +38,7 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     groups = ctx.plan.tower_groups()
     inside = [ex.peer_permute, "intra", ex.join_blocks] if groups.local_ranks > 1 else []
     after = ["peer", ex.join_blocks] if groups.hosts > 1 else []
-    after += [ex.scale_gradient] if ctx.training else []
+    after += [gradient_ops.scale_gradient] if ctx.training else []
     for split in calls(gm, ops.split_features):
         expected = inside + ([ex.run_towers] if split.args[1] is None else []) + after
         route = None
@@ -60,9 +60,9 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 
 def scaled(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     ranks = ctx.topology.world_size
-    averaged = {user for node in calls(gm, ex.synchronize) for user in node.users}
-    for node in calls(gm, ex.scale_gradient):
-        of_weights = isinstance(node.args[0], fx.Node) and node.args[0].target is ex.pack_weights
+    averaged = {user for node in calls(gm, gradient_ops.synchronize) for user in node.users}
+    for node in calls(gm, gradient_ops.scale_gradient):
+        of_weights = isinstance(node.args[0], fx.Node) and node.args[0].target is id_ops.pack_weights
         of_towers = node.args[0] in averaged and {user.target for user in node.users} == {ex.run_towers}
         expected = float(ranks) if of_weights or of_towers else 1 / ranks
         if node.args[1] != expected:
@@ -70,7 +70,7 @@ def scaled(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 
 
 def averaged_once(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
-    times = Counter(n.name for node in calls(gm, ex.synchronize) for n in nodes_in(node.args[0]))
+    times = Counter(n.name for node in calls(gm, gradient_ops.synchronize) for n in nodes_in(node.args[0]))
     for name, number in times.items():
         if number > 1:
             yield f"the gradient of {ctx.flat_names.get(name, name)} is averaged {number} times"
@@ -97,7 +97,7 @@ def widths(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     groups: dict[int, list[str]] = {}
     for feature in graph.features:
         groups.setdefault(feature.group, []).append(feature.table)
-    for node, tables in zip(calls(gm, ex.layout), groups.values(), strict=False):
+    for node, tables in zip(calls(gm, id_ops.layout), groups.values(), strict=False):
         owners, widths = node.args[2], node.args[3]
         if list(widths) != [dims[table] for table in tables]:  # type: ignore[arg-type]
             yield f"{node.name} splits the columns into {widths}, expected the widths of the features"
@@ -112,7 +112,7 @@ def synchronized(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for node in gm.graph.nodes:
         held = node.op in ("placeholder", "get_attr") and node.name in ctx.parameters and node.name not in tables
         for user in node.users if held and node.meta["val"].requires_grad else ():
-            if user.target not in (ex.synchronize, ex.synchronize_tower):
+            if user.target not in (gradient_ops.synchronize, gradient_ops.synchronize_tower):
                 yield f"parameter {ctx.flat_names[node.name]} reaches {user.name} without averaging its gradient"
 
 
@@ -134,6 +134,6 @@ def towers_apart(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
                 yield f"{node.name} takes features {sorted(away)} in group {tower.group}, which does not hold them"
             for source in nodes_in(given[tower.region]) if tower.region >= 0 else ():
                 bucket = source.args[0] if source.args else None
-                summed = isinstance(bucket, fx.Node) and bucket.target is ex.synchronize_tower
+                summed = isinstance(bucket, fx.Node) and bucket.target is gradient_ops.synchronize_tower
                 if isinstance(bucket, fx.Node) and summed and bucket.args[2] != tower.group:
                     yield f"{source.name} is summed over group {bucket.args[2]}, expected {tower.group}"

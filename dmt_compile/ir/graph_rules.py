@@ -13,7 +13,7 @@ from torch import fx
 
 from dmt_compile import torch_internals
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import ops
+from dmt_compile.ir import id_ops, ops
 from dmt_compile.ir.metadata import LOOKUP_RULES, describe, same, symbols_of
 from dmt_compile.ir.pass_base import VIEWS, PassContext, ancestors, calls, mutates, name_of, nodes_in, placeholders
 from dmt_compile.ir.tower_regions import behind_averaging
@@ -105,7 +105,7 @@ def checked(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
         read = node.args[1:3]  # the sizes of weights are checked with them
         for source in nodes_in(read):
             origin = source.args[0] if source.target is operator.getitem else source
-            if not isinstance(origin, fx.Node) or origin.target not in (ops.check_batch, ex.unpack_ids):
+            if not isinstance(origin, fx.Node) or origin.target not in (ops.check_batch, id_ops.unpack_ids):
                 yield f"{node.name} reads {source.name}, which nothing has checked"
 
 

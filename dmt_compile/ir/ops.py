@@ -5,7 +5,7 @@ sharded tables and routes, and a program calls them outside any tracer. Each has
 verifier derives the metadata of every node. Operators marked ``collective`` communicate; a simulated world replaces
 exactly those.
 
-This file holds the operators of one rank; ``exchange_ops`` holds those of several.
+This file holds the operators of one rank; ``id_ops``, ``exchange_ops`` and ``gradient_ops`` hold those of several.
 
 Shape suffixes: F features, B samples of this rank, G samples of all ranks, N ids, D width of a feature, W columns of
 several features side by side.

@@ -13,7 +13,7 @@ from torch import fx
 from dmt_compile import torch_internals
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import ops
+from dmt_compile.ir import gradient_ops, ops
 from dmt_compile.ir.embedding_graph import source_line
 from dmt_compile.ir.pass_base import PassContext, calls, erase_unused, nodes_in
 from dmt_compile.runtime.regions import DenseRegion
@@ -83,7 +83,11 @@ class TowerRegions:
 def behind_averaging(node: fx.Node) -> fx.Node:
     """Return the parameter or buffer that a node is, where it passed through ``synchronize`` or the like."""
     bucket = node.args[0] if node.target is operator.getitem else None
-    if isinstance(bucket, fx.Node) and bucket.target in (ex.synchronize, ex.synchronize_tower, ex.broadcast_buffers):
+    if isinstance(bucket, fx.Node) and bucket.target in (
+        gradient_ops.synchronize,
+        gradient_ops.synchronize_tower,
+        gradient_ops.broadcast_buffers,
+    ):
         passed: Any = bucket.args[0]
         return cast(fx.Node, passed[node.args[1]])
     return node
@@ -98,7 +102,7 @@ def held_by_one_group(gm: fx.GraphModule, ctx: PassContext) -> dict[fx.Node, int
         for tower in towers:
             for node in given[tower.region] if tower.region >= 0 else ():
                 groups.setdefault(behind_averaging(node), set()).add(tower.group)
-    inside = (ex.run_towers, ex.synchronize_tower)
+    inside = (ex.run_towers, gradient_ops.synchronize_tower)
     return {
         node: groups[node].pop()
         for node in list(groups)

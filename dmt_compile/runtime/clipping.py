@@ -65,7 +65,7 @@ def clip_grad_norm_(
     from_ranks = combine(own_norms)
     if state is not None:
         wire = from_ranks.to(state.world.device)
-        from_ranks = state.world.all_reduce(wire, "clip_grad_norm_", maximum=infinite).to(device)
+        from_ranks = state.world.start_all_reduce(wire, "clip_grad_norm_", maximum=infinite).wait().to(device)
     from_dense = combine(dense_norms)
     total = torch.maximum(from_dense, from_ranks) if infinite else (from_dense + from_ranks).pow(1 / norm_type)
     if error_if_nonfinite and not bool(torch.isfinite(total)):

@@ -261,5 +261,5 @@ def _average(parameter: torch.Tensor, world: ProcessWorld) -> None:
             f"sync_dense_gradients: expected a dense gradient for a parameter of shape {tuple(parameter.shape)} "
             "outside the compiled graph, found a sparse one; use sparse=False there, or compile that part too"
         )
-    world.all_reduce(gradient, "average of a gradient outside the compiled graph")
+    world.start_all_reduce(gradient, "average of a gradient outside the compiled graph").wait()
     gradient /= world.topology.world_size

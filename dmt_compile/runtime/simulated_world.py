@@ -16,6 +16,7 @@ from dmt_compile.config import Options
 from dmt_compile.errors import CollectiveError, ConfigError
 from dmt_compile.inspection.dumps import GraphDump
 from dmt_compile.ir import exchange_ops as ex
+from dmt_compile.ir import gradient_ops, id_ops
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.ir.stages import Stage
 from dmt_compile.plan import TableSpec, TowerPlan
@@ -221,7 +222,7 @@ class _LockstepProgram:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _collective(self, target: Any, args: list[tuple[Any, ...]]) -> list[Any]:
-        if target is ex.exchange_headers:
+        if target is id_ops.exchange_headers:
             return self._headers(args)
         if target is ex.all_to_all:
             hop, group = args[0][2], args[0][3]
@@ -229,9 +230,9 @@ class _LockstepProgram:
             grouped = args[0][1].layout.topology
             transfer = _Transfer(self.topology, grouped, group, hop, sizes, self.ledger)
             return list(_AllToAll.apply(transfer, *(rank_args[0].reshape(-1) for rank_args in args)))  # type: ignore[no-untyped-call]
-        if target is ex.synchronize:
+        if target is gradient_ops.synchronize:
             return [_Synchronize.apply(self.topology, r, self.ledger, *a[0]) for r, a in enumerate(args)]  # type: ignore[no-untyped-call]
-        if target is ex.synchronize_tower:
+        if target is gradient_ops.synchronize_tower:
             return [self._tower_parameters(rank, *rank_args) for rank, rank_args in enumerate(args)]
         return [rank_args[0] for rank_args in args]  # broadcast_buffers: the ranks share one model
 
@@ -247,7 +248,7 @@ class _LockstepProgram:
         for source in range(len(sent)):
             for target, row in enumerate(sent[source]):
                 self.ledger.add("exchange_headers", "forward", self.topology, source, target, row.nbytes)
-        ex.check_headers(received[0], *args[0][1:])
+        id_ops.check_headers(received[0], *args[0][1:])
         return received
 
 

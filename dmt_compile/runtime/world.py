@@ -57,21 +57,49 @@ class Ledger:
         self.records.clear()
 
 
+@dataclass
+class Pending:
+    """A collective that was started; whoever started it waits once, and leaves its tensors alone until then.
+
+    Args:
+        result: what ``wait`` returns, filled by then.
+        finish: waits.
+    """
+
+    result: torch.Tensor
+    finish: Callable[[], None] = lambda: None
+
+    def wait(self) -> torch.Tensor:
+        """Wait and return the result.
+
+        Raises:
+            CollectiveError: a rank did not arrive within the time limit, or broke off.
+        """
+        self.finish()
+        return self.result
+
+
 class World(Protocol):
-    """What a running program asks of the ranks around it."""
+    """What a running program asks of the ranks around it.
+
+    Groups: ``world``, all ranks; ``intra``, those of this rank's tower group, and ``peer``, those with its place in
+    every tower group; ``host``, those of its host, and ``across``, those with its local rank on every host.
+    """
 
     topology: Topology
     rank: int
     ledger: Ledger
     device: torch.device  # where collectives take their tensors
 
-    def all_to_all(
+    def start_all_to_all(
         self, sent: torch.Tensor, send: list[int], receive: list[int], group: str, label: str, direction: str
-    ) -> torch.Tensor:
-        """Exchange slices of a 1-D tensor among the ranks of ``group``."""
+    ) -> Pending:
+        """Start to exchange slices of a 1-D tensor among the ranks of ``group``."""
 
-    def all_reduce(self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world") -> torch.Tensor:
-        """Sum a tensor over the ranks of ``group``, in place; or take the maximum."""
+    def start_all_reduce(
+        self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world"
+    ) -> Pending:
+        """Start to sum a tensor over the ranks of ``group``, in place; or to take the maximum."""
 
     def broadcast(self, tensor: torch.Tensor, label: str) -> None:
         """Overwrite a tensor with rank 0's."""
@@ -96,66 +124,70 @@ class ProcessWorld:
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self.limit_s = limit_s
         self._store = torch_internals.default_store()
-        self._collectives = 0
+        self._collectives = 0  # that every rank takes part in, so far
         timeout = timedelta(seconds=limit_s)
         self._groups: dict[str, dist.ProcessGroup] = {}
-        whole = list(range(grouped.world_size))
+        self._members: dict[str, tuple[int, ...]] = {}
+        made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
         for name, members in (
             ("intra", [grouped.intra_ranks(h * grouped.local_ranks) for h in range(grouped.hosts)]),
             ("peer", [grouped.peer_ranks(local) for local in range(grouped.local_ranks)]),
-            ("world", [tuple(whole)]),
+            ("world", [tuple(range(grouped.world_size))]),
+            ("host", [topology.intra_ranks(h * topology.local_ranks) for h in range(topology.hosts)]),
+            ("across", [topology.peer_ranks(local) for local in range(topology.local_ranks)]),
         ):
             for ranks in members:
-                group = dist.new_group(list(ranks), timeout=timeout)
+                if ranks not in made:
+                    made[ranks] = dist.new_group(list(ranks), timeout=timeout)
+                group = made[ranks]
                 if self.rank in ranks:
-                    self._groups[name] = group
-        self._members = {
-            "intra": grouped.intra_ranks(self.rank),
-            "peer": grouped.peer_ranks(self.rank),
-            "world": tuple(whole),
-        }
+                    assert group is not None
+                    self._groups[name], self._members[name] = group, ranks
 
-    def all_to_all(
+    def start_all_to_all(
         self, sent: torch.Tensor, send: list[int], receive: list[int], group: str, label: str, direction: str
-    ) -> torch.Tensor:
+    ) -> Pending:
         received = sent.new_empty(sum(receive))
+        self._collectives += 1
         with self._named(label, group):
-            self._wait(
-                dist.all_to_all_single(received, sent, receive, send, group=self._groups[group], async_op=True),
-                label,
-                group,
-            )
+            work = dist.all_to_all_single(received, sent, receive, send, group=self._groups[group], async_op=True)
         for target, count in zip(self._members[group], send, strict=True):
             self.ledger.add(label, direction, self.topology, self.rank, target, count * sent.element_size())
-        return received
+        return Pending(received, lambda: self._finish(work, label, group))
 
-    def all_reduce(self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world") -> torch.Tensor:
+    def start_all_reduce(
+        self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world"
+    ) -> Pending:
         reduction = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
+        self._collectives += group == "world"
         with self._named(label, group):
             work = dist.all_reduce(tensor, reduction, group=self._groups[group], async_op=True)
-            self._wait(work, label, group, counted=group == "world")
         self.ledger.add_all_reduce(label, self.topology, self.rank, tensor.nbytes, self._members[group])
-        return tensor
+        return Pending(tensor, lambda: self._finish(work, label, group))
 
     def broadcast(self, tensor: torch.Tensor, label: str) -> None:
+        self._collectives += 1
         with self._named(label, "world"):
-            self._wait(dist.broadcast(tensor, src=0, group=self._groups["world"], async_op=True), label, "world")
+            work = dist.broadcast(tensor, src=0, group=self._groups["world"], async_op=True)
+        self._finish(work, label, "world")
 
     def move(self, tensor: torch.Tensor, source: int, target: int, label: str) -> None:
         """Send a tensor from rank ``source`` into the same tensor of rank ``target``; other ranks do nothing."""
-        with self._named(label, "world"):
-            if self.rank == source:
-                self._wait(dist.isend(tensor, target, group=self._groups["world"]), label, "world")
-            elif self.rank == target:
-                self._wait(dist.irecv(tensor, source, group=self._groups["world"]), label, "world")
+        if self.rank in (source, target):
+            with self._named(label, "world"):
+                if self.rank == source:
+                    work = dist.isend(tensor, target, group=self._groups["world"])
+                else:
+                    work = dist.irecv(tensor, source, group=self._groups["world"])
+            self._finish(work, label, "world")
 
-    def _wait(self, work: Any, label: str, group: str, counted: bool = True) -> None:
-        """Wait for a collective; ``counted``: every rank takes part in one like it at this point of the step."""
-        self._collectives += counted
-        if dist.get_backend(self._groups[group]) == "nccl":
-            work.wait()  # ordered on the stream; NCCL's own watchdog holds the deadline
-        else:
-            work.wait(timedelta(seconds=self.limit_s))
+    def _finish(self, work: Any, label: str, group: str) -> None:
+        """Wait for a collective."""
+        with self._named(label, group):
+            if dist.get_backend(self._groups[group]) == "nccl":
+                work.wait()  # ordered on the stream; NCCL's own watchdog holds the deadline
+            else:
+                work.wait(timedelta(seconds=self.limit_s))
 
     @contextmanager
     def _named(self, label: str, group: str) -> Any:

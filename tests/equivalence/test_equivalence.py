@@ -10,7 +10,7 @@ import torch
 from hypothesis import Phase, given, settings
 
 from dmt_compile import Topology
-from dmt_compile.ir import exchange_ops
+from dmt_compile.ir import gradient_ops
 from dmt_compile.ir.stages import Effect
 from dmt_compile.passes.sync_dense_gradients import SyncDenseGradients
 from dmt_compile.runtime.regions import DenseRegion
@@ -78,7 +78,7 @@ def test_a_wrong_order_of_peers_is_found_at_its_pass(monkeypatch: pytest.MonkeyP
 
 
 def test_a_lost_mean_over_ranks_is_found_at_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_ops._ScaleGradient, "backward", staticmethod(lambda ctx, *grads: (grads[0], None)))
+    monkeypatch.setattr(gradient_ops._ScaleGradient, "backward", staticmethod(lambda ctx, *grads: (grads[0], None)))
     with pytest.raises(AssertionError, match=r"'lower_to_sptt', 'emb\.0\.weight'"):
         check(case_of(topology="1x3"), Tally())
 

@@ -16,7 +16,7 @@ from torch import fx, nn
 from dmt_compile import SimulatedWorld, Topology, torch_internals
 from dmt_compile.errors import DmtError
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import ops
+from dmt_compile.ir import gradient_ops, id_ops, ops
 from dmt_compile.ir.pass_base import PassContext
 from dmt_compile.kernels.batched_lookup import op as kernel
 from dmt_compile.kernels.batched_lookup.reference import Pooling
@@ -348,7 +348,7 @@ def bags_are_one_id_longer_than_they_are(patch: Patch) -> None:
         return [x if x is None or i % 2 == 0 or len(x) < 2 else torch.cat([x[:1], x[1:] - 1]).clamp(min=0)
                 for i, x in enumerate(lists)]  # fmt: skip
 
-    swap(patch, ex, "unpack_ids", with_list(ex.unpack_ids, late))
+    swap(patch, id_ops, "unpack_ids", with_list(id_ops.unpack_ids, late))
 
 
 @mutation("two_features_on_a_rank", "output 0 differs")
@@ -360,18 +360,18 @@ def two_features_get_each_others_ids(patch: Patch) -> None:
             found[i] = lists[other]
         return found
 
-    swap(patch, ex, "unpack_ids", with_list(ex.unpack_ids, exchange))
+    swap(patch, id_ops, "unpack_ids", with_list(id_ops.unpack_ids, exchange))
 
 
 @mutation("bags", r"gradient of emb\.0\.weight differs")
 def gradients_of_tables_are_summed(patch: Patch) -> None:
-    swap(patch, ex, "scale_gradient", lambda tensor, factor: tensor.view_as(tensor))
+    swap(patch, gradient_ops, "scale_gradient", lambda tensor, factor: tensor.view_as(tensor))
 
 
 @mutation("weighted_bags", r"gradient of gates\.0 differs")
 def gradients_of_weights_keep_the_mean(patch: Patch) -> None:
-    scale = ex.scale_gradient
-    swap(patch, ex, "scale_gradient", lambda tensor, factor: scale(tensor, min(factor, 1.0)))
+    scale = gradient_ops.scale_gradient
+    swap(patch, gradient_ops, "scale_gradient", lambda tensor, factor: scale(tensor, min(factor, 1.0)))
 
 
 @mutation("bags", r"gradient of bottom\.0\.weight differs")
@@ -381,33 +381,33 @@ def gradients_of_dense_parameters_are_summed(patch: Patch) -> None:
 
 @mutation("pooled", r"gradient of often\.weight differs")
 def frequencies_of_ids_are_ignored(patch: Patch) -> None:
-    swap(patch, ex, "scale_by_frequency", lambda rows, ids: rows.view_as(rows))
+    swap(patch, gradient_ops, "scale_by_frequency", lambda rows, ids: rows.view_as(rows))
 
 
 @mutation("weighted_bags", "output 0 differs")
 def weights_arrive_in_another_order(patch: Patch) -> None:
-    pack = ex.pack_weights
-    swap(patch, ex, "pack_weights", lambda *args: pack(*args).flip(0))
+    pack = id_ops.pack_weights
+    swap(patch, id_ops, "pack_weights", lambda *args: pack(*args).flip(0))
 
 
 @mutation("ids_behind_the_last_bag", "output 0 differs")
 def ids_behind_the_last_bag_are_sent(patch: Patch) -> None:
-    patch.setattr(ex, "trim", lambda ids, offsets, how: list(ids))
+    patch.setattr(id_ops, "trim", lambda ids, offsets, how: list(ids))
 
 
 @mutation("a_field_that_reads_the_next_one", "equal")
 def no_fault_is_ever_found(patch: Patch) -> None:
-    patch.setattr(ex, "find_fault", lambda *args: None)
+    patch.setattr(id_ops, "find_fault", lambda *args: None)
 
 
 @mutation("offsets_that_fall", "taken, although the flat model refuses it")
 def offsets_are_taken_as_they_are(patch: Patch) -> None:
-    patch.setattr(ex, "find_fault", lambda *args: None)
+    patch.setattr(id_ops, "find_fault", lambda *args: None)
 
 
 @mutation("a_field_that_reads_the_next_one", "RuntimeError: split_with_sizes")
 def headers_are_not_read(patch: Patch) -> None:
-    patch.setattr(ex, "check_headers", lambda *args: None)
+    patch.setattr(id_ops, "check_headers", lambda *args: None)
 
 
 @mutation("bags", "output 0 differs")

@@ -17,7 +17,7 @@ from torch import fx, nn
 from dmt_compile import pipeline, torch_internals
 from dmt_compile.errors import BatchError, CollectiveError
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import ops
+from dmt_compile.ir import gradient_ops, id_ops, ops
 from dmt_compile.ir.metadata import describe
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.kernels.batched_lookup.reference import Pooling
@@ -116,7 +116,10 @@ def comparing(seen: set[Callable[..., Any]]) -> Callable[[_LockstepProgram, Sequ
                     assert result.shape == (0, 0)  # another rank owns the table
                     continue
                 bucket = node.args[0] if node.target is operator.getitem else node
-                if bucket.target is ex.synchronize_tower and values[rank][bucket.args[1]].group != bucket.args[2]:
+                if (
+                    bucket.target is gradient_ops.synchronize_tower
+                    and values[rank][bucket.args[1]].group != bucket.args[2]
+                ):
                     tensors = [result] if isinstance(result, torch.Tensor) else result
                     assert not any(tensor.requires_grad for tensor in tensors)  # another tower's ranks train them
                     continue
@@ -172,7 +175,7 @@ def headers(**columns: Sequence[int]) -> torch.Tensor:
 
 
 def test_equal_headers_pass() -> None:
-    ex.check_headers(headers(fingerprint=[7, 7, 7], batch_size=[1, 2, 0], checksum=[9, 9, 9]), ROWS, LABELS)
+    id_ops.check_headers(headers(fingerprint=[7, 7, 7], batch_size=[1, 2, 0], checksum=[9, 9, 9]), ROWS, LABELS)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +227,7 @@ def test_equal_headers_pass() -> None:
 )
 def test_what_a_header_reports_is_raised(columns: dict[str, list[int]], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
-        ex.check_headers(headers(**columns), ROWS, LABELS)
+        id_ops.check_headers(headers(**columns), ROWS, LABELS)
 
 
 # -------------------------------------------------------------------------------------------------------------- routes
@@ -374,18 +377,18 @@ def exchange_ids(
     packed, headers = [], []
     for batch, rank in zip(batches, ranks, strict=True):
         with executing(rank):
-            payload, header = ex.pack_ids(layout, batch.ids, batch.offsets, HOW, batch.weights, [], FIELDS, True)
+            payload, header = id_ops.pack_ids(layout, batch.ids, batch.offsets, HOW, batch.weights, [], FIELDS, True)
         packed.append(payload)
         headers.append(header)
     of_ranks = []
     for index, rank in enumerate(ranks):
         received = torch.stack([header[index] for header in headers])
-        ex.check_headers(received, FIELDS, tuple("abcd"))
+        id_ops.check_headers(received, FIELDS, tuple("abcd"))
         with executing(rank):
-            of_ranks.append(ex.route(layout, headers[index], received, 0))
+            of_ranks.append(id_ops.route(layout, headers[index], received, 0))
     sizes = [route.sizes("ids")[0] for route in of_ranks]
     moved = _Transfer(layout.topology, layout.topology, "world", "ids", sizes, Ledger()).move(packed, sizes, "forward")
-    return of_ranks, [ex.unpack_ids(received, route) for received, route in zip(moved, of_ranks, strict=True)]
+    return of_ranks, [id_ops.unpack_ids(received, route) for received, route in zip(moved, of_ranks, strict=True)]
 
 
 @pytest.mark.parametrize("sizes", [(3, 0, 2, 4), (0, 0, 0, 0), (1, 1, 1, 1)])
@@ -435,11 +438,11 @@ def test_weights_go_with_their_ids_and_gradients_come_back() -> None:
     for batch, route in zip(batches, of_ranks, strict=True):
         weighted = [feature for feature in range(4) if WEIGHTED[feature]]
         columns = ([getattr(batch, name)[f] for f in weighted] for name in ("weights", "offsets"))
-        packed.append(ex.pack_weights(*columns, tuple(HOW[f] for f in weighted), route))
+        packed.append(id_ops.pack_weights(*columns, tuple(HOW[f] for f in weighted), route))
     sizes = [route.sizes("weights")[0] for route in of_ranks]
     transfer = _Transfer(layout.topology, layout.topology, "world", "weights", sizes, Ledger())
     moved = _AllToAll.apply(transfer, *packed)
-    found = [ex.unpack_weights(received, route) for received, route in zip(moved, of_ranks, strict=True)]
+    found = [id_ops.unpack_weights(received, route) for received, route in zip(moved, of_ranks, strict=True)]
     assert [[column is None for column in columns] for columns in found] == [[False, True, False, True]] * 4
     for columns in (found[0], found[1], found[3]):  # nothing to read here, but all ranks send gradients back
         assert all(len(column) == 0 and column.requires_grad for column in (columns[0], columns[2]))
@@ -464,7 +467,7 @@ def test_a_fault_rides_in_the_header_with_no_payload() -> None:
     batch.ids[1][2] = 7
     rank = executions(layout.topology)[0]
     with executing(rank):
-        payload, header = ex.pack_ids(layout, batch.ids, batch.offsets, HOW, batch.weights, [], FIELDS, True)
+        payload, header = id_ops.pack_ids(layout, batch.ids, batch.offsets, HOW, batch.weights, [], FIELDS, True)
     assert len(payload) == 0
     words = dict(zip(HEADER_FIELDS, header[1].tolist(), strict=False))
     assert (words.pop("fault"), words.pop("feature"), words.pop("position"), words.pop("value")) == (1, 1, 2, 7)
@@ -472,7 +475,7 @@ def test_a_fault_rides_in_the_header_with_no_payload() -> None:
     with pytest.raises(
         BatchError, match=r"expected ids of table b in \[3, 7\), found 7 at position 2 of rank 0's batch"
     ):
-        ex.check_headers(header, FIELDS, tuple("abcd"))
+        id_ops.check_headers(header, FIELDS, tuple("abcd"))
 
 
 # -------------------------------------------------------------------------------------------------- faults of one batch
@@ -571,7 +574,7 @@ def test_a_check_gives_ids_and_starts_without_what_lies_behind_the_last_bag() ->
 def test_scaling_by_frequency_is_that_of_a_lookup() -> None:
     table = torch.randn(6, 3, requires_grad=True)
     ids, weights = torch.tensor([1, 4, 1, 1, 0]), torch.arange(15.0).view(5, 3)
-    rows = ex.scale_by_frequency(nn.functional.embedding(ids, table), ids)
+    rows = gradient_ops.scale_by_frequency(nn.functional.embedding(ids, table), ids)
     assert torch.equal(rows, table[ids])
     (mine,) = torch.autograd.grad((rows * weights).sum(), [table])
     expected = nn.functional.embedding(ids, table, scale_grad_by_freq=True)

@@ -17,7 +17,7 @@ from torch import fx, nn
 from dmt_compile.config import Options
 from dmt_compile.errors import VerifyError
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import ops, verifier
+from dmt_compile.ir import gradient_ops, id_ops, ops, verifier
 from dmt_compile.ir.pass_base import Pass, calls, placeholders
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.ir.verifier import RULES, verify
@@ -160,7 +160,9 @@ def a_table_read_by_something_else(graph: Captured) -> str:
 
 @fault("tables", "2x2", "sync_dense_gradients")
 def a_table_s_gradient_that_is_averaged(graph: Captured) -> str:
-    averaged = insert(graph, graph.node(ex.synchronize), ex.synchronize, [graph.input("emb.2.weight")], "world")
+    averaged = insert(
+        graph, graph.node(gradient_ops.synchronize), gradient_ops.synchronize, [graph.input("emb.2.weight")], "world"
+    )
     return f"table emb.2 is read by {averaged.name}, which is no lookup"
 
 
@@ -270,7 +272,7 @@ def a_tower_that_passes_no_gradient_on(graph: Captured) -> str:
 
 @fault("towers-apart", "2x2", "sync_dense_gradients", **TOWERS)
 def a_tower_summed_over_another_group(graph: Captured) -> str:
-    together = graph.node(ex.synchronize_tower)
+    together = graph.node(gradient_ops.synchronize_tower)
     together.update_arg(2, 1 - together.args[2])  # type: ignore[operator]
     return "is summed over group 1, expected 0"
 
@@ -291,7 +293,7 @@ def a_table_placed_elsewhere(graph: Captured) -> str:
 
 @fault("exchanged", "2x2", "lower_to_sptt")
 def a_check_of_local_samples(graph: Captured) -> str:
-    packed = graph.node(ex.pack_ids)
+    packed = graph.node(id_ops.pack_ids)
     *read, check_ids = packed.args[1:]
     labels = ("emb.0", "emb.1", "emb.2", "dense")
     check = insert(graph, packed, ops.check_batch, *read, labels, check_ids)
@@ -327,8 +329,8 @@ def steps_out_of_order(graph: Captured) -> str:
 
 @fault("steps", "2x2", "lower_to_sptt")
 def another_group_s_route(graph: Captured) -> str:
-    route = graph.node(ex.route)
-    other = insert(graph, route.next, ex.route, *route.args)
+    route = graph.node(id_ops.route)
+    other = insert(graph, route.next, id_ops.route, *route.args)
     other.meta["val"] = route.meta["val"]
     permute = graph.node(ex.peer_permute)
     permute.update_arg(1, other)
@@ -337,15 +339,15 @@ def another_group_s_route(graph: Captured) -> str:
 
 @fault("scaled", "2x2", "lower_to_sptt")
 def a_gradient_that_is_not_scaled(graph: Captured) -> str:
-    node = graph.node(ex.scale_gradient)
+    node = graph.node(gradient_ops.scale_gradient)
     node.update_arg(1, 1.0)
     return f"{node.name} scales its gradient by 1.0, expected 0.25"
 
 
 @fault("averaged-once", "2x2", "sync_dense_gradients")
 def a_gradient_that_is_averaged_twice(graph: Captured) -> str:
-    once = graph.node(ex.synchronize)
-    insert(graph, once.next, ex.synchronize, list(once.args[0])[:1], "world")
+    once = graph.node(gradient_ops.synchronize)
+    insert(graph, once.next, gradient_ops.synchronize, list(once.args[0])[:1], "world")
     return f"the gradient of {graph.ctx.flat_names[once.args[0][0].name]} is averaged 2 times"
 
 
@@ -375,19 +377,19 @@ def weights_sent_among_peers(graph: Captured) -> str:
 
 @fault("widths", "2x2", "lower_to_sptt")
 def columns_of_other_widths(graph: Captured) -> str:
-    graph.node(ex.layout).update_arg(3, (8, 4, 12))
+    graph.node(id_ops.layout).update_arg(3, (8, 4, 12))
     return r"layout splits the columns into \(8, 4, 12\), expected the widths of the features"
 
 
 @fault("widths", "2x2", "lower_to_sptt")
 def ids_sent_to_others_than_the_owners(graph: Captured) -> str:
-    graph.node(ex.layout).update_arg(2, (3, 3, 3))
+    graph.node(id_ops.layout).update_arg(2, (3, 3, 3))
     return r"layout sends ids to \(3, 3, 3\), expected the owners of the plan"
 
 
 @fault("synchronized", "2x2", "compile_dense_regions")
 def a_gradient_that_is_not_averaged(graph: Captured) -> str:
-    synchronize = graph.node(ex.synchronize)
+    synchronize = graph.node(gradient_ops.synchronize)
     item = next(iter(synchronize.users))
     (region,) = item.users
     parameter = synchronize.args[0][item.args[1]]
@@ -478,7 +480,7 @@ def test_every_group_s_layout_is_compared_with_its_own_features() -> None:
 
     graph = capture(Two(), (torch.tensor([1, 2, 0]), torch.tensor([[1, 2], [3, 4], [5, 6]]))).on("2x2")
     graph.advance("lower_to_sptt")
-    first, second = calls(graph.gm, ex.layout)
+    first, second = calls(graph.gm, id_ops.layout)
     assert (first.args[3], second.args[3]) == ((3,), (2,))
     [widths] = [rule for rule in RULES if rule.id == "widths"]
     assert list(widths.check(graph.gm, graph.ctx)) == []

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import ops
+from dmt_compile.ir import id_ops, ops
 from dmt_compile.ir.pass_base import calls
 from dmt_compile.kernels.batched_lookup.reference import Pooling
 from tests.passes._harness import Lookups, assert_compiled_is_eager, bags, capture, dense, dlrm
@@ -39,7 +39,7 @@ def test_ranks_read_what_they_own_in_one_lookup() -> None:
     assert (graph.count(ops.lookup), graph.count(ex.join_features)) == (3, 1)
     assert graph.advance("batch_lookups").matched == 3
     assert (graph.count(ops.lookup), graph.count(ex.join_features), graph.count(ops.batched_lookup)) == (0, 0, 1)
-    assert graph.node(ops.batched_lookup).args[5] is graph.node(ex.route)
+    assert graph.node(ops.batched_lookup).args[5] is graph.node(id_ops.route)
     assert list(graph.node(ops.batched_lookup).users) == [graph.node(ex.peer_permute)]
     assert graph.count(ops.split_features) == 1
 
@@ -119,7 +119,7 @@ def test_groups_are_fused_apart(topology: str, fused: list[int]) -> None:
     lookups = [graph.node(ops.batched_lookup, i) for i in range(graph.count(ops.batched_lookup))]
     assert sorted(len(node.args[0]) for node in lookups) == fused
     if expected is None:
-        assert {node.args[5] for node in lookups} == {graph.node(ex.route, i) for i in range(2)}
+        assert {node.args[5] for node in lookups} == {graph.node(id_ops.route, i) for i in range(2)}
     else:
         assert torch.equal(graph.outputs(), expected)
 

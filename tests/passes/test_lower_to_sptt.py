@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dmt_compile.errors import PlanError
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import ops
+from dmt_compile.ir import gradient_ops, id_ops, ops
 from dmt_compile.ir.pass_base import calls
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.topology import Topology
@@ -39,16 +39,23 @@ def test_the_hops_of_a_topology(topology: str, hops: list[str], permutes: int) -
     assert graph.count(ex.join_blocks) == len(hops) - 1
     assert graph.count(ops.lookup) == 3
     assert graph.count(ops.check_batch) == 0  # it rides in the header
-    for target in (ex.layout, ex.pack_ids, ex.exchange_headers, ex.route, ex.unpack_ids, ex.join_features):
+    for target in (
+        id_ops.layout,
+        id_ops.pack_ids,
+        id_ops.exchange_headers,
+        id_ops.route,
+        id_ops.unpack_ids,
+        ex.join_features,
+    ):
         assert graph.count(target) == 1
-    hosts, local_ranks, owners, widths, jagged, weighted, outputs = graph.node(ex.layout).args
+    hosts, local_ranks, owners, widths, jagged, weighted, outputs = graph.node(id_ops.layout).args
     assert outputs == ()  # features are exchanged as they are
     assert f"{hosts}x{local_ranks}" == topology
     assert graph.ctx.plan is not None
     assert owners == tuple(graph.ctx.plan.owner(f"emb.{i}") for i in range(3))
     assert (widths, jagged, weighted) == ((8, 8, 8), (True,) * 3, (False,) * 3)
     world = graph.ctx.topology.world_size
-    assert graph.node(ex.scale_gradient).args[1] == 1 / world
+    assert graph.node(gradient_ops.scale_gradient).args[1] == 1 / world
     split = graph.node(ops.split_features)
     assert {user.args[1] for user in split.users} == {0, 1, 2}
 
@@ -56,27 +63,27 @@ def test_the_hops_of_a_topology(topology: str, hops: list[str], permutes: int) -
 def test_evaluation_scales_no_gradient() -> None:
     graph = dlrm("2x2", training=False)
     graph.advance("lower_to_sptt")
-    assert graph.count(ex.scale_gradient) == 0
+    assert graph.count(gradient_ops.scale_gradient) == 0
     assert graph.count(ex.all_to_all) == 3
 
 
 def test_a_tower_over_two_hosts_is_one_group() -> None:
     graph = dlrm("2x2", towers=1)
     graph.advance("lower_to_sptt")
-    assert graph.node(ex.layout).args[:2] == (1, 4)
+    assert graph.node(id_ops.layout).args[:2] == (1, 4)
     assert [graph.node(ex.all_to_all, i).args[2] for i in range(2)] == ["ids", "intra"]
 
 
 def test_two_towers_may_share_a_host() -> None:
     graph = dlrm("1x2", towers=2)
     graph.advance("lower_to_sptt")
-    assert graph.node(ex.layout).args[:2] == (1, 2)
+    assert graph.node(id_ops.layout).args[:2] == (1, 2)
 
 
 def test_new_nodes_carry_the_users_line() -> None:
     graph = dlrm("2x2")
     graph.advance("lower_to_sptt")
-    for target in (ex.layout, ex.all_to_all, ex.join_blocks, ops.split_features):
+    for target in (id_ops.layout, ex.all_to_all, ex.join_blocks, ops.split_features):
         assert "looked_up = [table(i, o)" in graph.node(target).meta["stack_trace"]
 
 
@@ -131,14 +138,21 @@ def test_every_group_has_exchanges_of_its_own() -> None:
     for node in calls(graph.gm, ex.all_to_all):
         by_route.setdefault(node.args[1], []).append(node.args[2])
     assert list(by_route.values()) == [["ids", "weights", "intra", "peer"], ["ids", "intra", "peer"]]
-    layouts = calls(graph.gm, ex.layout)
+    layouts = calls(graph.gm, id_ops.layout)
     assert [node.args[3:] for node in layouts] == [
         ((4, 3), (True, False), (True, False), ()),  # widths, jagged, weighted, Tower Modules' outputs
         ((2,), (False,), (False,), ()),
     ]
-    for target in (ex.pack_ids, ex.exchange_headers, ex.route, ex.unpack_ids, ex.join_features, ops.split_features):
+    for target in (
+        id_ops.pack_ids,
+        id_ops.exchange_headers,
+        id_ops.route,
+        id_ops.unpack_ids,
+        ex.join_features,
+        ops.split_features,
+    ):
         assert graph.count(target) == 2
-    assert (graph.count(ex.pack_weights), graph.count(ex.unpack_weights)) == (1, 1)
+    assert (graph.count(id_ops.pack_weights), graph.count(id_ops.unpack_weights)) == (1, 1)
     lookups = {graph.ctx.flat_names[n.args[0].name]: n for n in calls(graph.gm, ops.lookup)}  # type: ignore[union-attr]
     for argument in (2, 3):  # offsets and weights
         given = {name for name, lookup in lookups.items() if lookup.args[argument] is not None}
@@ -150,11 +164,11 @@ def test_gradients_of_weights_are_those_of_each_rank_s_own_loss(training: bool) 
     """Looked-up rows carry 1 / ranks, for the mean of all losses; a rank's own weights must not."""
     graph = mixed("2x2", training)
     graph.advance("lower_to_sptt")
-    factors = [node.args[1] for node in calls(graph.gm, ex.scale_gradient)]
+    factors = [node.args[1] for node in calls(graph.gm, gradient_ops.scale_gradient)]
     assert sorted(factors) == ([0.25, 0.25, 4.0] if training else [])
     if training:
-        [undone] = [node for node in calls(graph.gm, ex.scale_gradient) if node.args[1] == 4.0]
-        assert undone.args[0] is graph.node(ex.pack_weights)
+        [undone] = [node for node in calls(graph.gm, gradient_ops.scale_gradient) if node.args[1] == 4.0]
+        assert undone.args[0] is graph.node(id_ops.pack_weights)
         assert [user.args[2] for user in undone.users] == ["weights"]
 
 
@@ -165,8 +179,8 @@ def test_gradients_are_scaled_by_the_frequencies_of_each_rank_s_own_batch() -> N
     [check] = calls(graph.gm, ops.check_batch)
     own_ids = check.args[0][1]  # type: ignore[index]
     graph.advance("lower_to_sptt")
-    scaled = graph.node(ex.scale_by_frequency)
-    assert graph.count(ex.scale_by_frequency) == 1
+    scaled = graph.node(gradient_ops.scale_by_frequency)
+    assert graph.count(gradient_ops.scale_by_frequency) == 1
     assert scaled.args[1] is own_ids
     assert scaled.args[0].args[0] is graph.node(ops.split_features)  # type: ignore[union-attr]
     assert [node.args[4].scale_grad_by_freq for node in calls(graph.gm, ops.lookup)] == [False, False]  # type: ignore[union-attr]
@@ -178,7 +192,7 @@ def test_lookups_of_exchanged_bags_have_no_last_offset() -> None:
 
     graph = capture(Lookups(look_up, nn.EmbeddingBag(6, 4, include_last_offset=True)), bags()).on("2x2")
     graph.advance("lower_to_sptt")
-    assert [how.last_offset for how in graph.node(ex.pack_ids).args[3]] == [False, True]  # type: ignore[union-attr]
+    assert [how.last_offset for how in graph.node(id_ops.pack_ids).args[3]] == [False, True]  # type: ignore[union-attr]
     assert [node.args[4].last_offset for node in calls(graph.gm, ops.lookup)] == [False, False]  # type: ignore[union-attr]
 
 
@@ -188,7 +202,7 @@ def test_element_types_of_a_group_are_promoted_on_the_wire_and_given_back() -> N
     before = {graph.ctx.flat_names[n.args[0].name]: n.meta["val"].dtype for n in calls(graph.gm, ops.lookup)}  # type: ignore[union-attr]
     assert before == {"bag.weight": torch.float64, "one.weight": torch.bfloat16, "item.weight": torch.float32}
     graph.advance("lower_to_sptt")
-    first, second = calls(graph.gm, ex.layout)
+    first, second = calls(graph.gm, id_ops.layout)
     sent = {
         layout: [n.args[4] for n in calls(graph.gm, ex.all_to_all) if n.args[1].args[0] is layout]  # type: ignore[union-attr]
         for layout in (first, second)
@@ -218,12 +232,12 @@ def test_weights_of_several_types_travel_in_the_widest() -> None:
 def test_fields_travel_to_the_owners_of_their_rows() -> None:
     graph = fields("2x2")
     graph.advance("lower_to_sptt")
-    owners, widths, jagged, weighted = graph.node(ex.layout).args[2:6]
+    owners, widths, jagged, weighted = graph.node(id_ops.layout).args[2:6]
     assert graph.ctx.plan is not None
     assert owners == tuple(graph.ctx.plan.owner(f"fields[{rows}]") for rows in ("0:7", "7:12", "12:21"))
     assert len(set(owners)) > 1
     assert (widths, jagged, weighted) == ((4, 4, 4), (False,) * 3, (False,) * 3)
-    assert graph.node(ex.pack_ids).args[6] == ((0, 7), (7, 12), (12, 21))
+    assert graph.node(id_ops.pack_ids).args[6] == ((0, 7), (7, 12), (12, 21))
 
 
 def plan_on(topology: Topology, hosts: list[tuple[int, ...]]) -> TowerPlan:

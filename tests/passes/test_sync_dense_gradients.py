@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_compile.ir import exchange_ops as ex
+from dmt_compile.ir import gradient_ops
 from dmt_compile.ir.pass_base import placeholders
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.ir.verifier import verify
@@ -19,10 +19,10 @@ from tests.passes._harness import Lookups, bags, capture, dlrm
 def test_every_trained_dense_parameter_passes_through() -> None:
     graph = dlrm("2x2")
     graph.advance("lower_to_sptt")
-    assert graph.count(ex.synchronize) == 0
+    assert graph.count(gradient_ops.synchronize) == 0
     report = graph.advance("sync_dense_gradients")
     assert (report.changed, report.matched, report.skipped, report.effect) == (True, 8, (), None)
-    synchronize = graph.node(ex.synchronize)
+    synchronize = graph.node(gradient_ops.synchronize)
     names = [graph.ctx.flat_names[n.name] for n in synchronize.args[0]]
     assert sorted(names) == sorted(
         f"{p}.{i}.{w}" for p in ("bottom", "top") for i in (0, 2) for w in ("weight", "bias")
@@ -31,7 +31,7 @@ def test_every_trained_dense_parameter_passes_through() -> None:
         assert list(node.users) == [synchronize]
     tables = [graph.input(f"emb.{i}.weight") for i in range(3)]
     assert not any(synchronize in table.users for table in tables)
-    assert graph.count(ex.broadcast_buffers) == 0  # integer buffers do not drift
+    assert graph.count(gradient_ops.broadcast_buffers) == 0  # integer buffers do not drift
 
 
 @pytest.mark.parametrize(("topology", "training"), [("1x1", True), ("2x2", False)])
@@ -51,9 +51,9 @@ def test_buckets_hold_up_to_their_bytes(bucket_bytes: int, buckets: int) -> None
     graph.advance("lower_to_sptt")
     SyncDenseGradients(bucket_bytes).run(graph.gm, graph.ctx)
     verify(graph.gm, graph.ctx, Stage.DISTRIBUTED, "sync_dense_gradients")
-    assert graph.count(ex.synchronize) == buckets
+    assert graph.count(gradient_ops.synchronize) == buckets
     for index in range(buckets):
-        bucket = graph.node(ex.synchronize, index).args[0]
+        bucket = graph.node(gradient_ops.synchronize, index).args[0]
         sizes = [node.meta["val"].numel() * 4 for node in bucket]
         assert sum(sizes[1:]) <= bucket_bytes or len(sizes) == 1
 
@@ -63,8 +63,8 @@ def test_a_bucket_has_one_element_type() -> None:
     graph = capture(model, bags()).on("2x2")
     graph.advance("sync_dense_gradients")
     types = [
-        {node.meta["val"].dtype for node in graph.node(ex.synchronize, i).args[0]}
-        for i in range(graph.count(ex.synchronize))
+        {node.meta["val"].dtype for node in graph.node(gradient_ops.synchronize, i).args[0]}
+        for i in range(graph.count(gradient_ops.synchronize))
     ]
     assert len(types) == 2
     assert all(len(found) == 1 for found in types)
@@ -75,7 +75,7 @@ def test_frozen_parameters_are_left_alone() -> None:
     model.top.weight.requires_grad_(False)
     graph = capture(model, bags()).on("2x2")
     assert graph.advance("sync_dense_gradients").matched == 1
-    assert [graph.ctx.flat_names[n.name] for n in graph.node(ex.synchronize).args[0]] == ["top.bias"]
+    assert [graph.ctx.flat_names[n.name] for n in graph.node(gradient_ops.synchronize).args[0]] == ["top.bias"]
 
 
 class Scale(nn.Module):
@@ -95,9 +95,9 @@ def test_floating_buffers_are_rank_zeros_in_training(training: bool) -> None:
     model = Lookups(lambda m, ids, offsets: m.odd(m.plain(ids, offsets)), Scale())
     graph = capture(model, bags(), training).on("2x2")
     graph.advance("sync_dense_gradients")
-    assert graph.count(ex.broadcast_buffers) == training
+    assert graph.count(gradient_ops.broadcast_buffers) == training
     if training:
-        broadcast = graph.node(ex.broadcast_buffers)
+        broadcast = graph.node(gradient_ops.broadcast_buffers)
         assert [graph.ctx.flat_names[n.name] for n in broadcast.args[0]] == ["odd.scale"]
         assert list(graph.input("odd.scale").users) == [broadcast]
 
