@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from dmt_compile.api import explain
-from dmt_compile.config import Options
+from dmt_compile.config import HOPS, Options
 from dmt_compile.distinct_batches import Call, Reads, as_call, check_distinct, draw_calls, find_reads
 from dmt_compile.errors import ConfigError
 from dmt_compile.inspection.certificate import Certificate, Quantity
@@ -22,7 +22,7 @@ from dmt_compile.pipeline import PassRecord
 from dmt_compile.plan import TowerPlan
 from dmt_compile.runtime.session import world_size
 from dmt_compile.runtime.simulated_world import SimulatedWorld
-from dmt_compile.tolerances import absolute_error, magnitude, reordered_limit, ulp_error
+from dmt_compile.tolerances import absolute_error, lossy_limit, magnitude, reordered_limit, ulp_error
 from dmt_compile.topology import Topology
 from dmt_compile.towers import NAME
 from dmt_compile.transformation import transform
@@ -47,7 +47,7 @@ def certify(
     are compared with the mean over ranks of the flat model's. Claimed are:
 
     - of an output, the strongest effect of the passes that ran, those that only touch gradients left out. ``EXACT``
-      holds where every number is equal, ``REORDERED`` within ``dmt_compile.tolerances``;
+      holds where every number is equal, ``REORDERED`` and ``LOSSY`` within ``dmt_compile.tolerances``;
     - of a gradient, at least ``REORDERED``: samples, ranks and readers of a parameter add up in another order. A
       gradient that cancels out to rounding noise of the largest one (a bias before BatchNorm) may differ by that noise.
 
@@ -90,8 +90,11 @@ def certify(
     # The explanation is that of the first graph with tables; the dense compiler works on all of them.
     dense = Effect.EXACT if parsed.dense_compiler == "eager" else Effect.REORDERED
     claimed = max((_claimed(r) for r in explanation.passes if _touches_outputs(r)), default=dense)
-    quantities = _outputs(actual, expected, max(claimed, dense), longest_sum)
-    quantities += _gradients(mine, flat, max(explanation.effect, Effect.REORDERED), longest_sum)
+    forms = [parsed.wire_forms(hop) for hop in HOPS]
+    of_outputs = lossy_limit(forward for forward, _ in forms if forward)
+    of_gradients = lossy_limit((form for pair in forms for form in pair if form), gradient=True)
+    quantities = _outputs(actual, expected, max(claimed, dense), longest_sum, of_outputs)
+    quantities += _gradients(mine, flat, max(explanation.effect, Effect.REORDERED), longest_sum, of_gradients)
     from dmt_compile import __version__
 
     return Certificate(
@@ -204,7 +207,11 @@ def _longest_sum(model: nn.Module, outputs: Sequence[dict[str, torch.Tensor]], r
 
 
 def _outputs(
-    actual: Sequence[dict[str, torch.Tensor]], expected: Sequence[dict[str, torch.Tensor]], effect: Effect, longest: int
+    actual: Sequence[dict[str, torch.Tensor]],
+    expected: Sequence[dict[str, torch.Tensor]],
+    effect: Effect,
+    longest: int,
+    lossy: float,
 ) -> list[Quantity]:
     missing = torch.empty(0)
     return [
@@ -214,13 +221,14 @@ def _outputs(
             [(mine.get(name, missing), theirs[name]) for mine, theirs in zip(actual, expected, strict=True)],
             effect,
             longest,
+            lossy,
             noise=0.0,
         )
         for name in expected[0]
     ]
 
 
-def _gradients(mine: nn.Module, flat: nn.Module, effect: Effect, longest: int) -> list[Quantity]:
+def _gradients(mine: nn.Module, flat: nn.Module, effect: Effect, longest: int, lossy: float) -> list[Quantity]:
     # A layer that Tower Modules gave another size is where the flat one was, or beside it.
     of_mine = {name.removeprefix(f"{NAME}.replaced."): parameter for name, parameter in mine.named_parameters()}
     pairs = {
@@ -236,6 +244,7 @@ def _gradients(mine: nn.Module, flat: nn.Module, effect: Effect, longest: int) -
             [pair],
             effect,
             longest,
+            lossy,
             noise=torch.finfo(pair[1].dtype).eps * math.sqrt(longest) * largest,
         )
         for name, pair in pairs.items()
@@ -255,13 +264,15 @@ def _quantity(
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
     effect: Effect,
     longest: int,
+    lossy: float,
     noise: float,
 ) -> Quantity:
     """Compare all ranks' values of one output or gradient; errors up to ``noise`` are forgiven."""
     scale = max(max(magnitude(expected) for _, expected in pairs), 1e-30)
     absolute = max(absolute_error(mine, theirs) for mine, theirs in pairs)
     dtype = pairs[0][1].dtype
-    limit = 0.0 if effect is Effect.EXACT else reordered_limit(dtype, longest, gradient=kind == "gradient")
+    reordered = reordered_limit(dtype, longest, gradient=kind == "gradient")
+    limit = 0.0 if effect is Effect.EXACT else max(reordered, lossy)
     return Quantity(
         name=name,
         kind=kind,

@@ -11,6 +11,7 @@ from typing import Any
 import networkx as nx
 
 from dmt_compile.errors import ConfigError
+from dmt_compile.kernels.pack_rows.reference import CASTS, FORMATS
 from dmt_compile.partition.assign import STRATEGIES
 from dmt_compile.partition.interaction import InteractionMatrix, read_interactions
 from dmt_compile.plan import TowerModules, TowerPlan
@@ -19,6 +20,7 @@ from dmt_compile.tower_modules import KINDS
 
 PARTITIONS = ("balanced", "strided", *STRATEGIES)
 DENSE_COMPILERS = ("inductor", "aot_eager", "eager")
+HOPS = ("intra", "peer", "dense")
 
 
 def _nearest(name: object, valid: Sequence[str]) -> str:
@@ -52,6 +54,10 @@ class Options:
         tower_module_options: of that kind, such as ``{"c": 1, "p": 0, "dim": 64}``.
         seed: of the Tower Modules' initial values, and those of the layers that get another size; of the search for
             ``"coherent"`` and ``"diverse"`` towers.
+        comm_dtype: in which form numbers travel, by hop: ``"intra"`` (embeddings inside a host), ``"peer"`` (embeddings
+            between hosts) and ``"dense"`` (gradients of dense parameters between hosts). A form is ``"float32"`` (as
+            they are), ``"bfloat16"``, ``"float16"``, or for embeddings ``"float8"`` or ``"int8"``, which are scaled by
+            row; a pair of forms is for the forward and the backward pass. Sums are made in float32 all the same.
         dense_compiler: what compiles the dense regions: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         check_ids: check every id against its table's rows before it is used.
         strict: an unsupported region is an error, not a fallback.
@@ -76,6 +82,7 @@ class Options:
     tower_module: str | Callable[..., Any] | None = None
     tower_module_options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    comm_dtype: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     dense_compiler: str = "inductor"
     check_ids: bool = True
     strict: bool = False
@@ -103,6 +110,7 @@ class Options:
             self._check_explicit(self.partition)
         self._check_planner()
         self._check_tower_module()
+        self._check_comm_dtype()
         if self.dense_compiler not in DENSE_COMPILERS:
             raise ConfigError(
                 f"options: expected a known 'dense_compiler', found {self.dense_compiler!r}"
@@ -186,6 +194,30 @@ class Options:
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"options: expected a whole number for 'seed', found {self.seed!r}")
+
+    def _check_comm_dtype(self) -> None:
+        if not isinstance(self.comm_dtype, Mapping):
+            raise ConfigError(f"options: expected a dict for 'comm_dtype', found {self.comm_dtype!r}")
+        for hop, given in self.comm_dtype.items():
+            if hop not in HOPS:
+                raise ConfigError(f"options: expected a known hop in 'comm_dtype', found {hop!r}" + _nearest(hop, HOPS))
+            forms = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else ()
+            if len(forms) not in ((1,) if hop == "dense" else (1, 2)):
+                expected = "one form" if hop == "dense" else "a form, or one for each direction,"
+                raise ConfigError(f"options: expected {expected} for hop {hop!r} in 'comm_dtype', found {given!r}")
+            valid = ("float32", *(CASTS if hop == "dense" else FORMATS))
+            for form in forms:
+                if form not in valid:
+                    raise ConfigError(
+                        f"options: expected a known form for hop {hop!r} in 'comm_dtype', found {form!r}"
+                        + _nearest(form, valid)
+                    )
+
+    def wire_forms(self, hop: str) -> tuple[str | None, str | None]:
+        """The forms in which floating-point numbers travel on a hop, forward and backward; ``None``: as they are."""
+        given = self.comm_dtype.get(hop, "float32")
+        forward, backward = (given, given) if isinstance(given, str) else (given[0], given[-1])
+        return (None if forward == "float32" else forward, None if backward == "float32" else backward)
 
     def recipe(self, plan: TowerPlan) -> TowerModules | None:
         """Return what makes the Tower Modules: the plan's own, or these options'.

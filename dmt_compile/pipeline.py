@@ -18,12 +18,14 @@ from dmt_compile.ir.verifier import verify
 from dmt_compile.passes.batch_lookups import BatchLookups
 from dmt_compile.passes.check_lookups import CheckLookups
 from dmt_compile.passes.compile_dense_regions import CompileDenseRegions
+from dmt_compile.passes.compress_collectives import CompressCollectives
 from dmt_compile.passes.find_interaction import FindInteraction
 from dmt_compile.passes.find_tables import FindTables
 from dmt_compile.passes.fold_joins import FoldJoins
 from dmt_compile.passes.insert_tower_modules import InsertTowerModules
 from dmt_compile.passes.lower_to_sptt import LowerToSptt
 from dmt_compile.passes.normalize_graph import NormalizeGraph
+from dmt_compile.passes.overlap_collectives import OverlapCollectives
 from dmt_compile.passes.partition_towers import PartitionTowers
 from dmt_compile.passes.place_tables import PlaceTables
 from dmt_compile.passes.pool_sequences import PoolSequences
@@ -48,10 +50,12 @@ def passes_in_order(options: Options) -> tuple[Pass, ...]:
         InsertTowerModules(),  # needs the towers; before exchanges, which it makes narrower
         PlaceTables(),  # needs the towers
         LowerToSptt(),  # needs the placements
+        CompressCollectives(),  # needs the exchanges
         SyncDenseGradients(),  # after the exchanges: whatever is still a trained input is dense
         BatchLookups(),  # after the exchanges: fuses what is left on a rank
         FoldJoins(),  # after batching: the joined features are there to be read at once
-        CompileDenseRegions(options.dense_compiler),  # last: the graph is no longer rewritten
+        CompileDenseRegions(options.dense_compiler),  # after all that rewrites the graph
+        OverlapCollectives(),  # last: orders regions and exchanges
     )
 
 

@@ -4,12 +4,12 @@ A rank has the ids of its own samples for all features, and ends with all featur
 between each table is read by its owner alone:
 
     pack_ids, exchange_headers, route        sizes; faults of any rank are raised by all of them here
-    all_to_all ids (world)                   a: every owner gets its features' ids of the global batch
+    all-to-all ids (world)                   a: every owner gets its features' ids of the global batch
     unpack_ids, lookup, join_features        b: pooled rows in rank order
     peer_permute                             c: rows in peer order
-    all_to_all intra, join_blocks            d, e: all features of the tower, for the samples of this rank's peers
+    all-to-all intra, join_blocks            d, e: all features of the tower, for the samples of this rank's peers
     run_towers                               the Tower Modules, where there are some
-    all_to_all peer, join_blocks             f: all features, or towers' outputs, of this rank's samples
+    all-to-all peer, join_blocks             f: all features, or towers' outputs, of this rank's samples
     scale_gradient, split_features           1 / ranks in the backward pass; columns back to features
 
 Steps c to e fall away where a tower has one rank, step f where there is one tower group. The backward pass mirrors the
@@ -32,6 +32,14 @@ from dmt_compile.ir import gradient_ops, id_ops, ops
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, only_joined, sort_graph
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.ir.tower_regions import find_towers
+
+Call = Callable[..., fx.Node]  # (target, *arguments) -> the node that calls it, at the graph's insertion point
+
+
+def exchange(call: Call, tensor: fx.Node, route: fx.Node, hop: str, group: str) -> fx.Node:
+    """Start an all-to-all in the tensor's own type and wait for it; ``overlap_collectives`` draws the two apart."""
+    dtype = str(tensor.meta["val"].dtype).removeprefix("torch.")
+    return call(ex.wait_all_to_all, call(ex.start_all_to_all, tensor, route, hop, group, dtype, dtype))
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,6 @@ class LowerToSptt(Pass):
         widths = tuple(int(value.shape[1]) for value in values)
         towers = find_towers(gm, ctx, lookups)
         promoted = functools.reduce(torch.promote_types, (value.dtype for value in values))
-        dtype = str(promoted).removeprefix("torch.")
         ids, offsets, how, weights, others, rows, labels, check_ids = check.args
         jagged = tuple(starts is not None for starts in offsets)  # type: ignore[union-attr]
         weighted = tuple(factors is not None for factors in weights)  # type: ignore[union-attr]
@@ -95,7 +102,7 @@ class LowerToSptt(Pass):
             bags = call(torch.ops.aten.sym_size.int, offsets[0] if jagged[0] else ids[0], 0)  # type: ignore[index]
             bags = call(operator.sub, bags, 1) if how[0].last_offset else bags  # type: ignore[index, union-attr]
             route = call(id_ops.route, layout, sent, received, bags)
-            bags_of = call(id_ops.unpack_ids, call(ex.all_to_all, payload, route, "ids", "world", "int64"), route)
+            bags_of = call(id_ops.unpack_ids, exchange(call, payload, route, "ids", "world"), route)
             factors = self._exchange_weights(ctx, call, check, route) if any(weighted) else [None] * len(lookups)
         for index, lookup in enumerate(lookups):
             with gm.graph.inserting_before(lookup):
@@ -113,12 +120,12 @@ class LowerToSptt(Pass):
             joined = call(ex.join_features, list(lookups), route)
             if groups.local_ranks > 1:
                 joined = call(ex.peer_permute, joined, route)
-                moved = call(ex.all_to_all, joined, route, "intra", "intra", dtype)
+                moved = exchange(call, joined, route, "intra", "intra")
                 joined = call(ex.join_blocks, moved, route, "intra")
             if towers.modules:
                 joined = towers.run(gm, ctx, joined, route)
             if groups.hosts > 1:
-                moved = call(ex.all_to_all, joined, route, "peer", "peer", dtype)
+                moved = exchange(call, joined, route, "peer", "peer")
                 joined = call(ex.join_blocks, moved, route, "peer")
             if ctx.training:
                 joined = call(gradient_ops.scale_gradient, joined, 1 / ctx.topology.world_size)
@@ -147,9 +154,7 @@ class LowerToSptt(Pass):
         gm.graph.erase_node(check)
         return len(lookups)
 
-    def _exchange_weights(
-        self, ctx: PassContext, call: Callable[..., fx.Node], check: fx.Node, route: fx.Node
-    ) -> list[fx.Node | None]:
+    def _exchange_weights(self, ctx: PassContext, call: Call, check: fx.Node, route: fx.Node) -> list[fx.Node | None]:
         """Send per-sample weights along with the ids; their gradients come back the same way."""
         columns: Any = zip(*check.args[1:4], strict=True)
         weighted = [(starts, how, factors) for starts, how, factors in columns if factors is not None]
@@ -165,8 +170,7 @@ class LowerToSptt(Pass):
         )
         if packed.meta["val"].requires_grad:
             packed = call(gradient_ops.scale_gradient, packed, float(ctx.topology.world_size))
-        dtype = str(promoted).removeprefix("torch.")
-        received = call(id_ops.unpack_weights, call(ex.all_to_all, packed, route, "weights", "world", dtype), route)
+        received = call(id_ops.unpack_weights, exchange(call, packed, route, "weights", "world"), route)
         out: list[fx.Node | None] = []
         remaining = iter(dtypes)
         for index, factor in enumerate(cast(Any, check.args[3])):

@@ -17,47 +17,72 @@ import torch
 from dmt_compile.ir.ops import FreshSizes, operator, requires_grad
 from dmt_compile.runtime import world as runtime
 from dmt_compile.runtime.route import Route
+from dmt_compile.runtime.transfer import Transfer
 
 
-def _fake_all_to_all(sizes: FreshSizes, tensor: Any, *rest: Any) -> Any:
-    return requires_grad(tensor.new_empty(sizes.make()), tensor)
+class InFlight(NamedTuple):
+    """An all-to-all that was started: a stand-in for its result, which ties it into the backward pass, and the rest."""
+
+    stand_in: torch.Tensor
+    transfer: Transfer | None
 
 
-@operator(_fake_all_to_all, collective=True)
-def all_to_all(tensor: torch.Tensor, route: Route, hop: str, group: str, dtype: str) -> torch.Tensor:
-    """Exchange row blocks of ``tensor`` with the ranks of ``group``; the gradient goes back the same way.
+def _fake_start_all_to_all(sizes: FreshSizes, tensor: Any, *rest: Any) -> Any:
+    return InFlight(requires_grad(tensor.new_empty(sizes.make()), tensor), None)
+
+
+@operator(_fake_start_all_to_all, collective=True)
+def start_all_to_all(tensor: torch.Tensor, route: Route, hop: str, group: str, forward: str, backward: str) -> InFlight:
+    """Start to exchange row blocks of ``tensor`` with the ranks of ``group``; gradients go back the same way.
+
+    In the backward pass, this operator is where the gradients that ``wait_all_to_all`` started to send are waited for:
+    what stands between the two runs, in either pass, while they travel.
 
     Args:
         tensor: contiguous; its elements in the order of the group's ranks.
-        route: holds the element counts of ``hop``.
+        route: holds the sizes of ``hop``.
         hop: ``ids`` or ``weights`` (step a), ``intra`` (step d) or ``peer`` (step f).
         group: ``world``, ``intra`` or ``peer``.
-        dtype: the element type on the wire; equal to the tensor's.
-
-    Returns:
-        1-D received elements, in the order of the group's ranks.
+        forward, backward: the form on the wire: the tensor's element type, or a form of ``pack_rows``.
     """
-    send, receive = route.sizes(hop)
-    sent = tensor.reshape(-1)
-    if not sent.requires_grad:
-        return runtime.current().world.start_all_to_all(sent, send, receive, group, hop, "forward").wait()
-    out: torch.Tensor = _AllToAll.apply(sent, runtime.current().world, send, receive, group, hop)  # type: ignore[no-untyped-call]
+    send, receive = route.blocks(hop)
+    transfer = Transfer(runtime.current().world, send, receive, hop, group, (forward, backward))
+    if not tensor.requires_grad:
+        return InFlight(transfer.start(tensor), transfer)
+    return InFlight(_Start.apply(tensor.reshape(-1), transfer), transfer)  # type: ignore[no-untyped-call]
+
+
+@operator(lambda sizes, flight: flight.stand_in.view_as(flight.stand_in), collective=True)
+def wait_all_to_all(flight: InFlight) -> torch.Tensor:
+    """Return what an all-to-all delivered: 1-D, in the order of the group's ranks."""
+    stand_in, transfer = flight
+    assert transfer is not None
+    if not stand_in.requires_grad:
+        return transfer.finish()
+    out: torch.Tensor = _Wait.apply(stand_in, transfer)  # type: ignore[no-untyped-call]
     return out
 
 
-class _AllToAll(torch.autograd.Function):
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, sent: torch.Tensor, world: runtime.World, send: list[int], receive: list[int], group: str, hop: str
-    ) -> torch.Tensor:
-        ctx.saved = world, send, receive, group, hop
-        return world.start_all_to_all(sent, send, receive, group, hop, "forward").wait()
+    def forward(ctx: Any, tensor: torch.Tensor, transfer: Transfer) -> torch.Tensor:
+        ctx.transfer = transfer
+        return transfer.start(tensor)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        world, send, receive, group, hop = ctx.saved
-        back = world.start_all_to_all(grads[0].contiguous(), receive, send, group, hop, "backward").wait()
-        return back, None, None, None, None, None
+        return ctx.transfer.finish(), None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stand_in: torch.Tensor, transfer: Transfer) -> torch.Tensor:
+        ctx.transfer = transfer
+        return transfer.finish()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.transfer.start(grads[0].contiguous(), backward=True), None
 
 
 def _fake_join_features(sizes: FreshSizes, pooled: Any, route: Any) -> Any:
@@ -98,10 +123,9 @@ def _fake_join_blocks(sizes: FreshSizes, received: Any, route: Any, hop: str) ->
 @operator(_fake_join_blocks)
 def join_blocks(received: torch.Tensor, route: Route, hop: str) -> torch.Tensor:
     """Lay the blocks that a hop delivered side by side: (P, W) after ``intra`` (step e), (B, W) after ``peer``."""
-    rows = route.block_rows(hop)
-    blocks = received.split(route.sizes(hop)[1])
-    widths = route.block_widths(hop)
-    return torch.cat([block.view(rows, width) for block, width in zip(blocks, widths, strict=True)], dim=1)
+    blocks = route.blocks(hop)[1]
+    parts = received.split([rows * width for rows, width in blocks])
+    return torch.cat([part.view(block) for part, block in zip(parts, blocks, strict=True)], dim=1)
 
 
 class TowerRun(NamedTuple):

@@ -45,8 +45,11 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
         found: list[Any] = []
         node = split.args[0]
         while isinstance(node, fx.Node) and node.target not in (ex.join_features, ops.batched_lookup):
-            found.insert(0, node.args[2] if node.target is ex.all_to_all else node.target)
-            if node.target in (ex.all_to_all, ex.peer_permute, ex.join_blocks, ex.run_towers):
+            if node.target is ex.wait_all_to_all:
+                node = node.args[0]
+                continue
+            found.insert(0, node.args[2] if node.target is ex.start_all_to_all else node.target)
+            if node.target in (ex.start_all_to_all, ex.peer_permute, ex.join_blocks, ex.run_towers):
                 route = route or node.args[1]
                 if node.args[1] is not route:
                     yield f"{node.name} follows another route than the rest of {split.name}"
@@ -78,13 +81,18 @@ def averaged_once(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 
 def collectives(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     hops: dict[fx.Node, list[str]] = {}
-    for node in calls(gm, ex.all_to_all):
-        tensor, route, hop, group, dtype = node.args
+    for node in calls(gm, ex.start_all_to_all):
+        tensor, route, hop, group, *forms = node.args
         if _HOPS.get(str(hop)) != group:
             yield f"{node.name} sends hop {hop} in group {group}, expected {_HOPS.get(str(hop))}"
         actual = str(tensor.meta["val"].dtype).removeprefix("torch.")  # type: ignore[union-attr]
-        if actual != dtype:
-            yield f"{node.name} declares {dtype} on the wire for a tensor of {actual}"
+        asked = ctx.options.wire_forms(str(hop)) if tensor.meta["val"].is_floating_point() else (None, None)  # type: ignore[union-attr]
+        for direction, form, wish in zip(("forward", "backward"), forms, asked, strict=True):
+            if form not in (actual, wish):
+                yield f"{node.name} declares {form} on the wire for a tensor of {actual}, {direction}"
+        waits = [user for user in node.users if user.target is ex.wait_all_to_all]
+        if len(waits) != 1 or len(node.users) != 1:
+            yield f"{node.name} is waited for {len(waits)} times and has {len(node.users)} users, expected one wait"
         hops.setdefault(route, []).append(str(hop))  # type: ignore[arg-type]
     for route, found in hops.items():
         if found != sorted(found, key=list(_HOPS).index) or len(set(found)) != len(found):

@@ -91,6 +91,15 @@ def pack_ids(
     return torch.cat(pieces), header
 
 
+def plain_header() -> torch.Tensor:
+    """Return the header of a step without lookups: which program this rank runs."""
+    execution = runtime.current()
+    header = torch.zeros(execution.world.topology.world_size, len(HEADER_FIELDS), dtype=torch.int64)
+    header[:, HEADER_FIELDS.index("fingerprint")] = execution.fingerprint
+    header[:, HEADER_FIELDS.index("checksum")] = execution.checksum()
+    return header
+
+
 def _fault_words(fault: Fault | None) -> tuple[int, int, int, int]:
     return (0, 0, 0, 0) if fault is None else (fault.kind, fault.feature, fault.position, fault.value)
 
@@ -106,13 +115,15 @@ def exchange_headers(header: torch.Tensor, rows: tuple[tuple[int, int], ...], la
         BatchError: a rank's batch is faulty.
         CollectiveError: ranks run different programs, or their dense replicas drifted apart.
     """
-    world = runtime.current().world
+    execution = runtime.current()
+    world = execution.world
     ranks, fields = header.shape
     each = [fields] * ranks
     sent = header.reshape(-1).to(world.device)
     received = world.start_all_to_all(sent, each, each, "world", "exchange_headers", "forward").wait()
     headers = received.reshape(ranks, fields).cpu()
     check_headers(headers, rows, labels)
+    execution.agreed()
     return headers
 
 

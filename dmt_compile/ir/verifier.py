@@ -89,7 +89,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "collectives",
         Stage.DISTRIBUTED,
-        "Hops run in order, each once, in their own group and type.",
+        "Hops run in order, each once, in their own group and form, and are waited for once.",
         exchange.collectives,
     ),
     Rule(

@@ -135,7 +135,9 @@ class DistributedSession(Session):
         plan = self._agree(capture, specs)
         if state is None:
             groups = plan.tower_groups()
-            world = ProcessWorld(self.topology, groups, self.options.first_timeout_s)
+            mine = groups.host_of(dist.get_rank())
+            towers = [tower.name for tower in plan.towers if tower.hosts[0] // len(tower.hosts) == mine]
+            world = ProcessWorld(self.topology, groups, self.options.first_timeout_s, towers)
             state = ModelState(plan, world)
         else:
             state.plan = state.plan.merge(plan)

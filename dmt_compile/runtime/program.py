@@ -10,6 +10,8 @@ import torch
 from torch import fx
 
 from dmt_compile import torch_internals
+from dmt_compile.ir import id_ops
+from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.pipeline import PipelineReport
 from dmt_compile.runtime.regions import DenseRegion
 from dmt_compile.runtime.world import Execution, ProcessWorld, executing
@@ -23,7 +25,7 @@ class Program:
         report: what the passes did.
         world: the ranks, or ``None``.
         checksum: a number that must be equal on every rank at this step, or 0.
-        buffers: buffers that the graph does not hold; overwritten with rank 0's before each call.
+        buffers: buffers that the graph does not hold; overwritten with rank 0's in each call.
         limit_s: call number, from 1 -> seconds to wait for the other ranks in that call.
     """
 
@@ -41,18 +43,30 @@ class Program:
         self.world = world
         self.buffers = buffers
         self.limit_s = limit_s
-        self._execution = None if world is None else Execution(world, fingerprint(gm), checksum)
+        self._execution = None if world is None else Execution(world, fingerprint(gm), checksum, self._agreed)
+        called = {node.target for node in gm.graph.nodes if node.op == "call_function"}
+        collective = any(target in OPERATORS and OPERATORS[target].collective for target in called)
+        self._without_header = collective and id_ops.exchange_headers not in called
         self._calls = 0
+        self._broadcast_in = 0  # the call that sent the buffers last
 
     def __call__(self, *args: Any) -> Any:
         if self._execution is None or self.world is None:
             return self.gm(*args)
         self._calls += 1
+        self.world.step += 1
         self.world.limit_s = self.limit_s(self._calls)
-        for buffer in self.buffers:
-            self.world.broadcast(buffer.data, "buffers outside the graph")
         with executing(self._execution):
+            if self._without_header:
+                id_ops.exchange_headers(id_ops.plain_header(), (), ())
             return self.gm(*args)
+
+    def _agreed(self) -> None:
+        """Every rank runs this program now."""
+        assert self.world is not None
+        for buffer in self.buffers if self._calls != self._broadcast_in else ():
+            self.world.broadcast(buffer.data, "buffers outside the graph")
+        self._broadcast_in = self._calls
 
 
 def fingerprint(gm: fx.GraphModule) -> int:

@@ -125,8 +125,8 @@ class Route:
         topology = self.layout.topology
         return sum(self.batch_sizes[r] for r in range(local_rank, topology.world_size, topology.local_ranks))
 
-    def sizes(self, hop: str) -> tuple[list[int], list[int]]:
-        """Return the element counts (to send, to receive) of a hop, in the order of its group's ranks.
+    def blocks(self, hop: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Return (rows, columns) of the blocks of a hop, to send and to receive, in the order of its group's ranks.
 
         ``ids``: all ranks; bag lengths, then ids. ``weights``: all ranks; the weights of the ids that have some.
         ``intra``: the ranks of this tower group. ``peer``: the ranks with this local rank in every group.
@@ -136,34 +136,25 @@ class Route:
             jagged = layout.jagged_by_rank
             send = [jagged[r] * self.batch_size + sum(counts) for r, counts in enumerate(self.sent_ids)]
             sizes = zip(self.batch_sizes, self.received_ids, strict=True)
-            return send, [jagged[self.rank] * batch_size + sum(counts) for batch_size, counts in sizes]
+            receive = [jagged[self.rank] * batch_size + sum(counts) for batch_size, counts in sizes]
+            return [(size, 1) for size in send], [(size, 1) for size in receive]
         if hop == "weights":
             send = [sum(self.weights_of(r, counts)) for r, counts in enumerate(self.sent_ids)]
-            return send, [sum(self.weights_of(self.rank, counts)) for counts in self.received_ids]
+            receive = [sum(self.weights_of(self.rank, counts)) for counts in self.received_ids]
+            return [(size, 1) for size in send], [(size, 1) for size in receive]
         if hop == "intra":
-            my_width, my_rows = layout.rank_widths[self.rank], self.peer_rows(self.rank % topology.local_ranks)
-            send = [self.peer_rows(local) * my_width for local in range(topology.local_ranks)]
-            return send, [my_rows * layout.rank_widths[r] for r in topology.intra_ranks(self.rank)]
-        peers = topology.peer_ranks(self.rank)
-        my_width = layout.group_width(self.group)
+            width, rows = layout.rank_widths[self.rank], self.peer_rows(self.rank % topology.local_ranks)
+            return (
+                [(self.peer_rows(local), width) for local in range(topology.local_ranks)],
+                [(rows, layout.rank_widths[r]) for r in topology.intra_ranks(self.rank)],
+            )
+        width = layout.group_width(self.group)
         return (
-            [self.batch_sizes[r] * my_width for r in peers],
-            [self.batch_size * layout.group_width(group) for group in range(topology.hosts)],
+            [(self.batch_sizes[r], width) for r in topology.peer_ranks(self.rank)],
+            [(self.batch_size, layout.group_width(group)) for group in range(topology.hosts)],
         )
 
     def weights_of(self, owner: int, counts: tuple[int, ...]) -> list[int]:
         """Return the ids of each weighted feature of ``owner``, given those of all its features."""
         features = self.layout.features_by_rank[owner]
         return [count for feature, count in zip(features, counts, strict=True) if self.layout.weighted[feature]]
-
-    def block_widths(self, hop: str) -> list[int]:
-        """Columns of each block that a hop delivers, in the order of its group's ranks."""
-        if hop == "intra":
-            return [self.layout.rank_widths[r] for r in self.layout.topology.intra_ranks(self.rank)]
-        return [self.layout.group_width(group) for group in range(self.layout.topology.hosts)]
-
-    def block_rows(self, hop: str) -> int:
-        """Rows of the blocks that a hop delivers."""
-        if hop == "intra":
-            return self.peer_rows(self.rank % self.layout.topology.local_ranks)
-        return self.batch_size

@@ -21,7 +21,9 @@ from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.ir.stages import Stage
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.program import fingerprint
+from dmt_compile.runtime.route import Route
 from dmt_compile.runtime.session import Passes, Session, attach_towers, guard_towers, next_dump, plan_for
+from dmt_compile.runtime.transfer import decode, encode, wire_sizes
 from dmt_compile.runtime.world import Execution, Ledger, executing
 from dmt_compile.topology import Topology
 
@@ -224,12 +226,14 @@ class _LockstepProgram:
     def _collective(self, target: Any, args: list[tuple[Any, ...]]) -> list[Any]:
         if target is id_ops.exchange_headers:
             return self._headers(args)
-        if target is ex.all_to_all:
-            hop, group = args[0][2], args[0][3]
-            sizes = [rank_args[1].sizes(hop)[0] for rank_args in args]
-            grouped = args[0][1].layout.topology
-            transfer = _Transfer(self.topology, grouped, group, hop, sizes, self.ledger)
-            return list(_AllToAll.apply(transfer, *(rank_args[0].reshape(-1) for rank_args in args)))  # type: ignore[no-untyped-call]
+        if target is ex.start_all_to_all:
+            tensors, routes = zip(*(rank_args[:2] for rank_args in args), strict=True)
+            _, _, hop, group, *forms = args[0]
+            transfer = _Transfer(self.topology, routes, group, hop, forms, self.ledger)
+            received = _AllToAll.apply(transfer, *(tensor.reshape(-1) for tensor in tensors))  # type: ignore[no-untyped-call]
+            return [ex.InFlight(tensor, None) for tensor in received]
+        if target is ex.wait_all_to_all:
+            return [rank_args[0].stand_in for rank_args in args]
         if target is gradient_ops.synchronize:
             return [_Synchronize.apply(self.topology, r, self.ledger, *a[0]) for r, a in enumerate(args)]  # type: ignore[no-untyped-call]
         if target is gradient_ops.synchronize_tower:
@@ -253,45 +257,43 @@ class _LockstepProgram:
 
 
 class _Transfer:
-    """One all-to-all of all groups: how many elements each rank sends to each member of its group."""
+    """One all-to-all of all groups: which blocks each rank sends to each member of its group, in which form."""
 
     def __init__(
-        self, topology: Topology, grouped: Topology, group: str, hop: str, sizes: list[list[int]], ledger: Ledger
+        self, topology: Topology, routes: Sequence[Route], group: str, hop: str, forms: Sequence[str], ledger: Ledger
     ) -> None:
         ranks = range(topology.world_size)
+        grouped = routes[0].layout.topology
         members = {"world": lambda r: tuple(ranks), "intra": grouped.intra_ranks, "peer": grouped.peer_ranks}[group]
         self.members = [members(rank) for rank in ranks]
-        self.topology, self.hop, self.sizes, self.ledger = topology, hop, sizes, ledger
+        self.blocks = [route.blocks(hop) for route in routes]
+        self.topology, self.hop, self.forms, self.ledger = topology, hop, forms, ledger
 
-    def move(self, tensors: Sequence[torch.Tensor], sizes: list[list[int]], direction: str) -> list[torch.Tensor]:
+    def move(self, tensors: Sequence[torch.Tensor], backward: bool = False) -> list[torch.Tensor]:
         """Return what each rank receives, in the order of its group."""
-        parts = [tensor.split(rank_sizes) for tensor, rank_sizes in zip(tensors, sizes, strict=True)]
-        for source, (members, rank_sizes) in enumerate(zip(self.members, sizes, strict=True)):
-            for target, count in zip(members, rank_sizes, strict=True):
-                sent = count * tensors[source].element_size()
-                self.ledger.add(self.hop, direction, self.topology, source, target, sent)
-        return [
-            torch.cat([parts[source][self.members[source].index(rank)] for source in self.members[rank]])
-            for rank in range(len(tensors))
-        ]
-
-    def reverse_sizes(self) -> list[list[int]]:
-        """Return the sizes of the way back."""
-        return [
-            [self.sizes[source][self.members[source].index(rank)] for source in self.members[rank]]
-            for rank in range(len(self.sizes))
-        ]
+        form, direction = self.forms[backward], "backward" if backward else "forward"
+        sent = [blocks[backward] for blocks in self.blocks]
+        wires = [encode(tensor, blocks, form) for tensor, blocks in zip(tensors, sent, strict=True)]
+        parts = [wire.split(wire_sizes(blocks, form)) for wire, blocks in zip(wires, sent, strict=True)]
+        for source, members in enumerate(self.members):
+            for target, part in zip(members, parts[source], strict=True):
+                self.ledger.add(self.hop, direction, self.topology, source, target, part.nbytes)
+        out = []
+        for rank, members in enumerate(self.members):
+            wire = torch.cat([parts[source][self.members[source].index(rank)] for source in members])
+            out.append(decode(wire, self.blocks[rank][not backward], form, tensors[rank].dtype))
+        return out
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, transfer: _Transfer, *tensors: torch.Tensor) -> Any:
         ctx.transfer = transfer
-        return tuple(transfer.move(tensors, transfer.sizes, "forward"))
+        return tuple(transfer.move(tensors))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, *ctx.transfer.move(grads, ctx.transfer.reverse_sizes(), "backward")
+        return None, *ctx.transfer.move([grad.contiguous() for grad in grads], backward=True)
 
 
 class _Synchronize(torch.autograd.Function):

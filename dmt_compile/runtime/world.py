@@ -105,6 +105,13 @@ class World(Protocol):
         """Overwrite a tensor with rank 0's."""
 
 
+# The pass that puts a collective into a program, by the collective's name.
+_PASSES = {
+    **dict.fromkeys(("exchange_headers", "ids", "weights", "intra", "peer"), "lower_to_sptt"),
+    **dict.fromkeys(("synchronize", "synchronize_tower", "broadcast_buffers"), "sync_dense_gradients"),
+}
+
+
 class ProcessWorld:
     """One rank of a ``torch.distributed`` run.
 
@@ -112,19 +119,28 @@ class ProcessWorld:
         topology: hosts x local ranks.
         grouped: tower groups x ranks in a group; equal to ``topology`` where a tower is one host.
         limit_s: seconds to wait for the other ranks in a collective; programs set it anew with each call.
+        towers: names of the towers that this rank serves.
+
+    Attributes:
+        ledger: bytes that this rank sent.
+        waited_s: (collective, direction) -> seconds in which this rank did nothing but wait for it. Of NCCL's
+            collectives, which are waited for on the GPU, it holds nothing.
+        step: calls of programs so far.
 
     Creates process groups: a collective call, in the same order on every rank.
     """
 
-    def __init__(self, topology: Topology, grouped: Topology, limit_s: float) -> None:
+    def __init__(self, topology: Topology, grouped: Topology, limit_s: float, towers: Sequence[str] = ()) -> None:
         self.topology = topology
         self.rank = dist.get_rank()
         self.ledger = Ledger()
         on_gpu = dist.get_backend() == "nccl"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self.limit_s = limit_s
+        self._towers = towers
         self._store = torch_internals.default_store()
-        self._collectives = 0  # that every rank takes part in, so far
+        self.step = 0  # of this world's programs, counted by them
+        self.waited_s: dict[tuple[str, str], float] = defaultdict(float)
         timeout = timedelta(seconds=limit_s)
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._members: dict[str, tuple[int, ...]] = {}
@@ -148,28 +164,25 @@ class ProcessWorld:
         self, sent: torch.Tensor, send: list[int], receive: list[int], group: str, label: str, direction: str
     ) -> Pending:
         received = sent.new_empty(sum(receive))
-        self._collectives += 1
         with self._named(label, group):
             work = dist.all_to_all_single(received, sent, receive, send, group=self._groups[group], async_op=True)
         for target, count in zip(self._members[group], send, strict=True):
             self.ledger.add(label, direction, self.topology, self.rank, target, count * sent.element_size())
-        return Pending(received, lambda: self._finish(work, label, group))
+        return Pending(received, lambda: self._finish(work, label, group, direction))
 
     def start_all_reduce(
         self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world"
     ) -> Pending:
         reduction = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
-        self._collectives += group == "world"
         with self._named(label, group):
             work = dist.all_reduce(tensor, reduction, group=self._groups[group], async_op=True)
         self.ledger.add_all_reduce(label, self.topology, self.rank, tensor.nbytes, self._members[group])
-        return Pending(tensor, lambda: self._finish(work, label, group))
+        return Pending(tensor, lambda: self._finish(work, label, group, "backward"))
 
     def broadcast(self, tensor: torch.Tensor, label: str) -> None:
-        self._collectives += 1
         with self._named(label, "world"):
             work = dist.broadcast(tensor, src=0, group=self._groups["world"], async_op=True)
-        self._finish(work, label, "world")
+        self._finish(work, label, "world", "forward")
 
     def move(self, tensor: torch.Tensor, source: int, target: int, label: str) -> None:
         """Send a tensor from rank ``source`` into the same tensor of rank ``target``; other ranks do nothing."""
@@ -179,15 +192,17 @@ class ProcessWorld:
                     work = dist.isend(tensor, target, group=self._groups["world"])
                 else:
                     work = dist.irecv(tensor, source, group=self._groups["world"])
-            self._finish(work, label, "world")
+            self._finish(work, label, "world", "forward")
 
-    def _finish(self, work: Any, label: str, group: str) -> None:
+    def _finish(self, work: Any, label: str, group: str, direction: str) -> None:
         """Wait for a collective."""
         with self._named(label, group):
             if dist.get_backend(self._groups[group]) == "nccl":
                 work.wait()  # ordered on the stream; NCCL's own watchdog holds the deadline
-            else:
-                work.wait(timedelta(seconds=self.limit_s))
+                return
+            start = time.perf_counter()
+            work.wait(timedelta(seconds=self.limit_s))
+            self.waited_s[label, direction] += time.perf_counter() - start
 
     @contextmanager
     def _named(self, label: str, group: str) -> Any:
@@ -198,16 +213,18 @@ class ProcessWorld:
             waited = time.monotonic() - start
             missing = self._missing(label)
             who = f"ranks {missing} did not arrive" if missing else f"ranks {self._members[group]} broke off"
+            of_pass = f"{_PASSES[label]}: " if label in _PASSES else ""
+            towers = f" of {', '.join(self._towers)}" if group == "intra" and self._towers else ""
             raise CollectiveError(
-                f"{label}: expected all of ranks {list(self._members[group])} within the time limit, found that {who} "
-                f"after {waited:.1f} s (rank {self.rank}); call the model on every rank, in training and evaluation, "
-                f"also with an empty batch. The transport said: {str(error).splitlines()[0]}"
+                f"{of_pass}{label}{towers}: expected all of ranks {list(self._members[group])} within the time limit, "
+                f"found that {who} after {waited:.1f} s (rank {self.rank}); call the model on every rank, in training "
+                f"and evaluation, also with an empty batch. The transport said: {str(error).splitlines()[0]}"
             ) from error
 
     def _missing(self, label: str) -> list[int]:
-        """Ask, through the store, which ranks wait in a collective too; those that do not say so are missing."""
+        """Ask, through the store, which ranks wait in this step too; those that do not say so are missing."""
         try:
-            prefix = f"dmt/waiting/{self._collectives}/"
+            prefix = f"dmt/waiting/{self.step}/"
             self._store.set(f"{prefix}{self.rank}", label)
             deadline = time.monotonic() + 1.5
             others = [r for r in range(self.topology.world_size) if r != self.rank]
@@ -221,11 +238,16 @@ class ProcessWorld:
 
 @dataclass
 class Execution:
-    """What the operators of a running program need to know."""
+    """What the operators of a running program need to know.
+
+    ``agreed`` runs once the ranks know of each other that they run the same program on sound batches: nothing but the
+    header is sent before.
+    """
 
     world: World
     fingerprint: int = 0
     checksum: Callable[[], int] = lambda: 0
+    agreed: Callable[[], None] = lambda: None
 
 
 class _Running(threading.local):

@@ -327,9 +327,10 @@ def rows_are_left_in_rank_order(patch: Patch) -> None:
 @mutation("bags", "output 0 differs")
 def blocks_are_joined_in_reverse(patch: Patch) -> None:
     def reverse(received: torch.Tensor, route: Any, hop: str) -> torch.Tensor:
-        rows, blocks = route.block_rows(hop), received.split(route.sizes(hop)[1])
-        pairs = list(zip(blocks, route.block_widths(hop), strict=True))
-        return torch.cat([block.view(rows, width) for block, width in reversed(pairs)], dim=1)
+        blocks = route.blocks(hop)[1]
+        parts = received.split([rows * width for rows, width in blocks])
+        pairs = list(zip(parts, blocks, strict=True))
+        return torch.cat([part.view(block) for part, block in reversed(pairs)], dim=1)
 
     swap(patch, ex, "join_blocks", reverse)
 

@@ -275,14 +275,12 @@ def test_what_one_rank_sends_is_what_the_other_expects(of_ranks: list[Route]) ->
     for hop, group in members.items():
         for source in of_ranks:
             for position, target in enumerate(group(source.rank)):
-                sent = source.sizes(hop)[0][position]
-                expected = of_ranks[target].sizes(hop)[1][group(target).index(source.rank)]
+                sent = source.blocks(hop)[0][position]
+                expected = of_ranks[target].blocks(hop)[1][group(target).index(source.rank)]
                 assert sent == expected, (hop, source.rank, target)
     for route in of_ranks:
-        for hop in ("intra", "peer"):
-            blocks = [route.block_rows(hop) * width for width in route.block_widths(hop)]
-            assert blocks == route.sizes(hop)[1]
-        assert sum(route.sizes("peer")[1]) == route.batch_size * sum(route.layout.widths)
+        assert {rows for rows, _ in route.blocks("peer")[1]} == {route.batch_size}
+        assert sum(width for _, width in route.blocks("peer")[1]) == sum(route.layout.widths)
     assert sorted(of_ranks[0].layout.column_order) == list(range(len(of_ranks[0].layout.owners)))
 
 
@@ -301,9 +299,8 @@ def sptt(of_ranks: list[Route]) -> list[torch.Tensor]:
     pooled = everything_GW.split(list(layout.widths), dim=1)
     values = [ex.peer_permute(ex.join_features(pooled, route), route) for route in of_ranks]
     for hop in ("intra", "peer"):
-        sizes = [route.sizes(hop)[0] for route in of_ranks]
-        transfer = _Transfer(topology, topology, hop, hop, sizes, Ledger())
-        moved = transfer.move([value.reshape(-1) for value in values], sizes, "forward")
+        transfer = _Transfer(topology, of_ranks, hop, hop, ("int64", "int64"), Ledger())
+        moved = transfer.move([value.reshape(-1) for value in values])
         values = [ex.join_blocks(received, route, hop) for received, route in zip(moved, of_ranks, strict=True)]
     return [torch.cat(ops.split_features(joined_BW, layout), dim=1) for joined_BW in values]
 
@@ -386,8 +383,7 @@ def exchange_ids(
         id_ops.check_headers(received, FIELDS, tuple("abcd"))
         with executing(rank):
             of_ranks.append(id_ops.route(layout, headers[index], received, 0))
-    sizes = [route.sizes("ids")[0] for route in of_ranks]
-    moved = _Transfer(layout.topology, layout.topology, "world", "ids", sizes, Ledger()).move(packed, sizes, "forward")
+    moved = _Transfer(layout.topology, of_ranks, "world", "ids", ("int64", "int64"), Ledger()).move(packed)
     return of_ranks, [id_ops.unpack_ids(received, route) for received, route in zip(moved, of_ranks, strict=True)]
 
 
@@ -425,8 +421,9 @@ def test_features_of_one_id_a_bag_send_their_ids_alone() -> None:
     batches = [rank_batch(size, torch.Generator().manual_seed(size)) for size in (3, 2)]
     of_ranks, _ = exchange_ids(layout, batches, executions(layout.topology))
     jagged_ids = [len(batches[0].ids[2]) - 2, len(batches[0].ids[3])]
-    assert of_ranks[0].sizes("ids")[0] == [3 + len(batches[0].ids[0]), 3 + (3 + jagged_ids[0]) + (3 + jagged_ids[1])]
-    assert of_ranks[0].sizes("weights")[0] == [len(batches[0].ids[0]), jagged_ids[0]]
+    sent = [rows * columns for rows, columns in of_ranks[0].blocks("ids")[0]]
+    assert sent == [3 + len(batches[0].ids[0]), 3 + (3 + jagged_ids[0]) + (3 + jagged_ids[1])]
+    assert of_ranks[0].blocks("weights")[0] == [(len(batches[0].ids[0]), 1), (jagged_ids[0], 1)]
 
 
 def test_weights_go_with_their_ids_and_gradients_come_back() -> None:
@@ -439,8 +436,7 @@ def test_weights_go_with_their_ids_and_gradients_come_back() -> None:
         weighted = [feature for feature in range(4) if WEIGHTED[feature]]
         columns = ([getattr(batch, name)[f] for f in weighted] for name in ("weights", "offsets"))
         packed.append(id_ops.pack_weights(*columns, tuple(HOW[f] for f in weighted), route))
-    sizes = [route.sizes("weights")[0] for route in of_ranks]
-    transfer = _Transfer(layout.topology, layout.topology, "world", "weights", sizes, Ledger())
+    transfer = _Transfer(layout.topology, of_ranks, "world", "weights", ("float32", "float32"), Ledger())
     moved = _AllToAll.apply(transfer, *packed)
     found = [id_ops.unpack_weights(received, route) for received, route in zip(moved, of_ranks, strict=True)]
     assert [[column is None for column in columns] for columns in found] == [[False, True, False, True]] * 4

@@ -72,7 +72,7 @@ def output(graph: Captured) -> fx.Node:
 
 
 def hop(graph: Captured, name: str) -> fx.Node:
-    return next(node for node in calls(graph.gm, ex.all_to_all) if node.args[2] == name)
+    return next(node for node in calls(graph.gm, ex.start_all_to_all) if node.args[2] == name)
 
 
 @fault("lint", "1x1", "check_lookups")
@@ -354,7 +354,7 @@ def a_gradient_that_is_averaged_twice(graph: Captured) -> str:
 @fault("collectives", "2x2", "lower_to_sptt")
 def hops_out_of_order(graph: Captured) -> str:
     ids = hop(graph, "ids")
-    insert(graph, output(graph), ex.all_to_all, ids, ids.args[1], "weights", "world", "int64")
+    insert(graph, output(graph), ex.start_all_to_all, ids.args[0], ids.args[1], "weights", "world", "int64", "int64")
     return (
         r"hops of route are in the order \['ids', 'intra', 'peer', 'weights'\], expected a part of "
         r"\['ids', 'weights', 'intra', 'peer'\], each once"
@@ -364,15 +364,30 @@ def hops_out_of_order(graph: Captured) -> str:
 @fault("collectives", "2x2", "lower_to_sptt")
 def a_hop_that_runs_twice(graph: Captured) -> str:
     node = hop(graph, "peer")
-    insert(graph, node, ex.all_to_all, *node.args)
+    insert(graph, node, ex.start_all_to_all, *node.args)
     return r"hops of route are in the order \['ids', 'intra', 'peer', 'peer'\]"
 
 
 @fault("collectives", "2x2", "lower_to_sptt")
 def weights_sent_among_peers(graph: Captured) -> str:
     ids = hop(graph, "ids")
-    insert(graph, hop(graph, "intra"), ex.all_to_all, ids, ids.args[1], "weights", "peer", "int64")
+    place = hop(graph, "intra")
+    insert(graph, place, ex.start_all_to_all, ids.args[0], ids.args[1], "weights", "peer", "int64", "int64")
     return "sends hop weights in group peer, expected world"
+
+
+@fault("collectives", "2x2", "lower_to_sptt")
+def an_exchange_that_is_waited_for_twice(graph: Captured) -> str:
+    node = hop(graph, "peer")
+    insert(graph, node.next, ex.wait_all_to_all, node)
+    return f"{node.name} is waited for 2 times and has 2 users, expected one wait"
+
+
+@fault("collectives", "2x2", "lower_to_sptt")
+def a_form_that_nobody_asked_for(graph: Captured) -> str:
+    node = hop(graph, "peer")
+    node.update_arg(5, "bfloat16")
+    return f"{node.name} declares bfloat16 on the wire for a tensor of float32, backward"
 
 
 @fault("widths", "2x2", "lower_to_sptt")

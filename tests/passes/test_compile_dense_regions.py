@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dmt_compile import torch_internals
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.ir import ops
-from dmt_compile.ir.exchange_ops import all_to_all
+from dmt_compile.ir.exchange_ops import start_all_to_all
 from dmt_compile.ir.stages import Effect
 from dmt_compile.runtime.regions import DenseRegion
 from tests.passes._harness import Captured, Lookups, assert_compiled_is_eager, bags, capture, dense, dlrm
@@ -51,7 +51,7 @@ def test_the_bottom_layers_run_while_embeddings_travel(training: bool) -> None:
     assert (report.matched, report.skipped) == (2, ())
     bottom, top = regions(graph)
     assert (linears(bottom), linears(top)) == (2, 2)
-    order = [node for node in graph.gm.graph.nodes if node.op == "call_module" or node.target is all_to_all]
+    order = [node for node in graph.gm.graph.nodes if node.op == "call_module" or node.target is start_all_to_all]
     assert order[0].op == "call_module"  # the bottom layers do not wait for the first exchange
     assert order[-1].op == "call_module"
 

@@ -34,7 +34,7 @@ def test_the_hops_of_a_topology(topology: str, hops: list[str], permutes: int) -
     assert graph.count(ops.check_batch) == 1
     report = graph.advance("lower_to_sptt")
     assert (report.changed, report.matched, report.skipped) == (True, 3, ())
-    assert [graph.node(ex.all_to_all, i).args[2] for i in range(graph.count(ex.all_to_all))] == hops
+    assert [graph.node(ex.start_all_to_all, i).args[2] for i in range(graph.count(ex.start_all_to_all))] == hops
     assert graph.count(ex.peer_permute) == permutes
     assert graph.count(ex.join_blocks) == len(hops) - 1
     assert graph.count(ops.lookup) == 3
@@ -64,14 +64,14 @@ def test_evaluation_scales_no_gradient() -> None:
     graph = dlrm("2x2", training=False)
     graph.advance("lower_to_sptt")
     assert graph.count(gradient_ops.scale_gradient) == 0
-    assert graph.count(ex.all_to_all) == 3
+    assert graph.count(ex.start_all_to_all) == 3
 
 
 def test_a_tower_over_two_hosts_is_one_group() -> None:
     graph = dlrm("2x2", towers=1)
     graph.advance("lower_to_sptt")
     assert graph.node(id_ops.layout).args[:2] == (1, 4)
-    assert [graph.node(ex.all_to_all, i).args[2] for i in range(2)] == ["ids", "intra"]
+    assert [graph.node(ex.start_all_to_all, i).args[2] for i in range(2)] == ["ids", "intra"]
 
 
 def test_two_towers_may_share_a_host() -> None:
@@ -83,7 +83,7 @@ def test_two_towers_may_share_a_host() -> None:
 def test_new_nodes_carry_the_users_line() -> None:
     graph = dlrm("2x2")
     graph.advance("lower_to_sptt")
-    for target in (id_ops.layout, ex.all_to_all, ex.join_blocks, ops.split_features):
+    for target in (id_ops.layout, ex.start_all_to_all, ex.join_blocks, ops.split_features):
         assert "looked_up = [table(i, o)" in graph.node(target).meta["stack_trace"]
 
 
@@ -135,7 +135,7 @@ def test_every_group_has_exchanges_of_its_own() -> None:
     assert graph.count(ops.check_batch) == 2
     assert graph.advance("lower_to_sptt").matched == 3
     by_route: dict[fx.Node, list[object]] = {}
-    for node in calls(graph.gm, ex.all_to_all):
+    for node in calls(graph.gm, ex.start_all_to_all):
         by_route.setdefault(node.args[1], []).append(node.args[2])
     assert list(by_route.values()) == [["ids", "weights", "intra", "peer"], ["ids", "intra", "peer"]]
     layouts = calls(graph.gm, id_ops.layout)
@@ -204,7 +204,7 @@ def test_element_types_of_a_group_are_promoted_on_the_wire_and_given_back() -> N
     graph.advance("lower_to_sptt")
     first, second = calls(graph.gm, id_ops.layout)
     sent = {
-        layout: [n.args[4] for n in calls(graph.gm, ex.all_to_all) if n.args[1].args[0] is layout]  # type: ignore[union-attr]
+        layout: [n.args[4] for n in calls(graph.gm, ex.start_all_to_all) if n.args[1].args[0] is layout]  # type: ignore[union-attr]
         for layout in (first, second)
     }
     assert sent == {first: ["int64", "float64", "float64", "float64"], second: ["int64", "float32", "float32"]}
@@ -223,7 +223,7 @@ def test_weights_of_several_types_travel_in_the_widest() -> None:
     model.odd = nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
     graph = capture(model, bags()).on("2x2")
     graph.advance("lower_to_sptt")
-    assert [n.args[4] for n in calls(graph.gm, ex.all_to_all)][:2] == ["int64", "float64"]
+    assert [n.args[4] for n in calls(graph.gm, ex.start_all_to_all)][:2] == ["int64", "float64"]
     for lookup in calls(graph.gm, ops.lookup):
         if lookup.args[3] is not None:
             assert lookup.args[3].meta["val"].dtype == lookup.args[0].meta["val"].dtype  # type: ignore[union-attr]
@@ -280,5 +280,5 @@ def test_element_types_on_the_wire_are_the_tables() -> None:
     model = Lookups(lambda m, ids, offsets: m.odd(ids, offsets), nn.EmbeddingBag(6, 4, mode="sum")).double()
     graph = capture(model, bags()).on("2x2")
     graph.advance("lower_to_sptt")
-    assert [graph.node(ex.all_to_all, i).args[4] for i in range(3)] == ["int64", "float64", "float64"]
+    assert [graph.node(ex.start_all_to_all, i).args[4] for i in range(3)] == ["int64", "float64", "float64"]
     assert graph.node(ops.split_features).meta["val"][0].dtype == torch.float64

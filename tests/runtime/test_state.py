@@ -15,6 +15,7 @@ from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.runtime.distributed_session import ModelState
 from dmt_compile.runtime.sharding import guard_state_dict
 from dmt_compile.runtime.tables import Block, ShardedTable
+from dmt_compile.runtime.world import Pending
 from dmt_compile.topology import Topology
 from tests.models import DLRM, make_batch
 
@@ -46,9 +47,9 @@ class RankZeroOfTwo:
         [shard] = [shard for shard in PLAN.placements[name] if shard.rank == 1]
         tensor.copy_(Block(name, (shard.rows,), shard.columns).cut(self.flat[name]))
 
-    def all_reduce(self, tensor: torch.Tensor, label: str, maximum: bool = False) -> torch.Tensor:
+    def start_all_reduce(self, tensor: torch.Tensor, label: str, maximum: bool = False) -> Pending:
         norms = torch.stack([torch.linalg.vector_norm(g, self.norm_type) for g in self.other_gradients])
-        return torch.maximum(tensor, norms.max()) if maximum else tensor + norms.pow(self.norm_type).sum()
+        return Pending(torch.maximum(tensor, norms.max()) if maximum else tensor + norms.pow(self.norm_type).sum())
 
 
 class Sharded(nn.Module):

@@ -1,0 +1,69 @@
+"""The meaning of packed rows, in plain PyTorch.
+
+Shape suffixes: N rows, W columns, P elements of a packed row.
+"""
+
+from __future__ import annotations
+
+import torch
+
+CASTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# Row-scaled formats: the type of an element, and its largest value. Each row starts with its scale in float32.
+SCALED = {"float8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
+FORMATS = (*CASTS, *SCALED)
+SCALE_BYTES = 4
+_SMALLEST = 2.0**-100  # a row below it is sent as zeros; its scale would not be a normal number
+
+
+def packed_width(width: int, form: str) -> int:
+    """Return P: the elements of a packed row of ``width`` columns; 16 bits each in a cast, else bytes."""
+    return width if form in CASTS or not width else width + SCALE_BYTES
+
+
+def packed_dtype(form: str) -> torch.dtype:
+    """Return the element type of packed rows."""
+    return CASTS.get(form, torch.uint8)
+
+
+def pack_rows(rows_NW: torch.Tensor, form: str) -> torch.Tensor:
+    """Return rows in a narrower form.
+
+    Args:
+        rows_NW: (N, W) floating point, any strides.
+        form: ``"bfloat16"``, ``"float16"`` (what is too large becomes the largest finite number; infinities stay),
+            ``"float8"`` (e4m3) or ``"int8"``, which are scaled by the largest magnitude of each row.
+
+    Returns:
+        (N, P) of ``packed_dtype``, contiguous: see ``packed_width``. A row of a scaled form that holds an infinity or a
+        NaN comes back as NaN whole: nothing hides it.
+
+    Cost: reads N W elements, writes N P.
+    """
+    if form in CASTS:
+        dtype = CASTS[form]
+        if dtype is torch.float16 and rows_NW.dtype is not dtype:
+            largest = torch.finfo(dtype).max
+            rows_NW = torch.where(rows_NW.isinf(), rows_NW, rows_NW.clamp(-largest, largest))
+        return rows_NW.to(dtype).contiguous()
+    if not rows_NW.shape[1]:
+        return rows_NW.new_empty(rows_NW.shape, dtype=torch.uint8)
+    dtype, largest = SCALED[form]
+    values_NW = rows_NW.float()
+    scale_N1 = values_NW.abs().amax(dim=1, keepdim=True) / largest
+    scale_N1 = torch.where(scale_N1 < _SMALLEST, torch.zeros_like(scale_N1), scale_N1)
+    scale_N1 = torch.where(scale_N1.isfinite(), scale_N1, torch.nan)
+    values_NW = torch.where(scale_N1 > 0, values_NW / scale_N1, 0.0).clamp(-largest, largest)
+    if dtype is torch.int8:
+        values_NW = values_NW.round()
+    # Flat: a dimension of size 1 may have any stride, and then cannot be read as bytes.
+    scales, values = scale_N1.reshape(-1).view(torch.uint8), values_NW.to(dtype).reshape(-1).view(torch.uint8)
+    return torch.cat([scales.view(-1, SCALE_BYTES), values.view(rows_NW.shape)], dim=1)
+
+
+def unpack_rows(packed_NP: torch.Tensor, form: str, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the rows (N, W) of ``dtype`` that :func:`pack_rows` packed, as near as the form allows."""
+    if form in CASTS or not width:
+        return packed_NP.to(dtype)
+    scale_N = packed_NP[:, :SCALE_BYTES].reshape(-1).view(torch.float32)
+    values_NW = packed_NP[:, SCALE_BYTES:].reshape(-1).view(SCALED[form][0]).view(-1, width)
+    return (values_NW.float() * scale_N[:, None]).to(dtype)
