@@ -17,6 +17,7 @@ from dmt_compile.errors import (
     VerifyError,
 )
 from dmt_compile.inspection.certificate import Certificate, Quantity
+from dmt_compile.inspection.communication import CommunicationReport, communication_report
 from dmt_compile.partition.interaction import InteractionMatrix
 from dmt_compile.partition.measure import interactions
 from dmt_compile.partition.picture import save_picture
@@ -36,6 +37,7 @@ __all__ = [
     "Certificate",
     "CheckpointError",
     "CollectiveError",
+    "CommunicationReport",
     "ConfigError",
     "DmtError",
     "Explanation",
@@ -54,6 +56,7 @@ __all__ = [
     "VerifyError",
     "certify",
     "clip_grad_norm_",
+    "communication_report",
     "explain",
     "full_state_dict",
     "interactions",

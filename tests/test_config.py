@@ -33,6 +33,8 @@ def test_no_options_are_the_defaults() -> None:
         {"towers": 2, "partition": "strided"},
         {"check_ids": False, "strict": True, "verify": False},
         {"timeout_s": 5, "first_timeout_s": 0.5},
+        {"comm_dtype": {"peer": "bfloat16", "dense": "float16", "intra": "float32"}},
+        {"comm_dtype": {"peer": ("float8", "int8")}},
         {"dump_dir": "dump"},
         {"dump_dir": Path("dump")},
         {"plan": "plan.json"},
@@ -100,6 +102,28 @@ def test_valid_values_are_kept(values: dict[str, Any]) -> None:
         (
             {"dense_compiler": "inducter"},
             "options: expected a known 'dense_compiler', found 'inducter'; did you mean 'inductor'?",
+        ),
+        ({"comm_dtype": "bfloat16"}, "options: expected a dict for 'comm_dtype', found 'bfloat16'"),
+        (
+            {"comm_dtype": {"pear": "bfloat16"}},
+            "options: expected a known hop in 'comm_dtype', found 'pear'; did you mean 'peer'?",
+        ),
+        (
+            {"comm_dtype": {"peer": "bfloat"}},
+            "options: expected a known form for hop 'peer' in 'comm_dtype', found 'bfloat'; did you mean 'bfloat16'?",
+        ),
+        (
+            {"comm_dtype": {"dense": "int8"}},
+            "options: expected a known form for hop 'dense' in 'comm_dtype', found 'int8'; valid are 'float32', "
+            "'bfloat16', 'float16'",
+        ),
+        (
+            {"comm_dtype": {"dense": ("bfloat16", "float16")}},
+            "options: expected one form for hop 'dense' in 'comm_dtype', found ('bfloat16', 'float16')",
+        ),
+        (
+            {"comm_dtype": {"peer": ()}},
+            "options: expected a form, or one for each direction, for hop 'peer' in 'comm_dtype', found ()",
         ),
         ({"timeout_s": 0}, "options: expected seconds above 0 for 'timeout_s', found 0"),
         ({"timeout_s": float("nan")}, "options: expected seconds above 0 for 'timeout_s', found nan"),

@@ -31,9 +31,9 @@ def plan_text(plan: TowerPlan) -> str:
         f"{_count(topology.hosts, 'host')} x {_count(topology.local_ranks, 'rank')}, partition {plan.partition}"
     )
     parts = [
-        _render(("tower", "hosts"), ("tables", "output width", "memory"), _tower_rows(plan)),
-        _render(("rank", "host"), ("tables", "memory", "load per sample"), _rank_rows(plan)),
-        _render(("table",), ("rows", "dim", "memory"), _table_rows(plan), ("tower", "ranks")),
+        text_table(("tower", "hosts"), ("tables", "output width", "memory"), _tower_rows(plan)),
+        text_table(("rank", "host"), ("tables", "memory", "load per sample"), _rank_rows(plan)),
+        text_table(("table",), ("rows", "dim", "memory"), _table_rows(plan), ("tower", "ranks")),
     ]
     return "\n\n".join(["\n".join([head, *(f"- {note}" for note in plan.notes)]), *parts])
 
@@ -77,7 +77,7 @@ def _table_rows(plan: TowerPlan) -> list[Row]:
     return [row(table) for table in plan.tables]
 
 
-def _render(texts: Sequence[str], numbers: Sequence[str], rows: Sequence[Row], more: Sequence[str] = ()) -> str:
+def text_table(texts: Sequence[str], numbers: Sequence[str], rows: Sequence[Row], more: Sequence[str] = ()) -> str:
     """Draw one table; columns ``numbers`` are aligned to the right."""
     table = Table(box=ASCII_DOUBLE_HEAD)
     for name in texts:

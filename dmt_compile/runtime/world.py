@@ -125,7 +125,7 @@ class ProcessWorld:
         ledger: bytes that this rank sent.
         waited_s: (collective, direction) -> seconds in which this rank did nothing but wait for it. Of NCCL's
             collectives, which are waited for on the GPU, it holds nothing.
-        step: calls of programs so far.
+        step: calls of programs so far; ``reported``: of those, what a report told.
 
     Creates process groups: a collective call, in the same order on every rank.
     """
@@ -139,7 +139,7 @@ class ProcessWorld:
         self.limit_s = limit_s
         self._towers = towers
         self._store = torch_internals.default_store()
-        self.step = 0  # of this world's programs, counted by them
+        self.step = self.reported = 0
         self.waited_s: dict[tuple[str, str], float] = defaultdict(float)
         timeout = timedelta(seconds=limit_s)
         self._groups: dict[str, dist.ProcessGroup] = {}

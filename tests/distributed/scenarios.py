@@ -224,6 +224,48 @@ def evaluate_and_train(rank: int) -> int:
 # ------------------------------------------------------------------------------------------------ bad input
 
 
+def compressed(rank: int, topology: str, comm_dtype: dict[str, Any]) -> dict[str, Any]:
+    """Run one step of real ranks, and on rank 0 the same step of simulated ranks; return both."""
+    world = dist.get_world_size()
+    torch.manual_seed(0)
+    model, twin = DLRM(), DLRM()
+    twin.load_state_dict(model.state_dict())
+    generator = torch.Generator().manual_seed(3)
+    batches = [make_batch(model, size, generator) for size in (3, 0, 2, 5)[:world]]
+    step_model = compiled(model, topology=topology, comm_dtype=comm_dtype)
+    output = step_model(*batches[rank])
+    output.sum().backward()
+    report = dmt_compile.communication_report(step_model)
+    assert report.calls == 1
+    assert report.total_exposed_s > 0
+    assert "bytes across hosts" in str(report)
+    assert dmt_compile.communication_report(step_model).bytes_sent == {}
+    simulated = dmt_compile.SimulatedWorld(topology)
+    outputs = simulated.run(twin, batches, dense_compiler="eager", comm_dtype=comm_dtype)
+    torch.cat(outputs).sum().backward()
+    tables = [p.grad.local for p in model.emb.parameters() if p.grad is not None and p.grad.local.numel()]
+    owned = [p.local.numel() > 0 for p in model.emb.parameters()]
+    theirs = [p.grad for p, mine in zip(twin.emb.parameters(), owned, strict=True) if mine]
+    return {
+        "output": torch.equal(output, outputs[rank]),
+        "gradients": [torch.equal(a, b) for a, b in zip(tables, theirs, strict=True)],
+        "bytes": report.bytes_sent,
+        "simulated": dict(simulated.ledger.records),
+    }
+
+
+def differing_heads(rank: int) -> Any:
+    """Rank 1 trains a part without tables while the others evaluate it; buffers make its evaluation collective too."""
+    torch.manual_seed(0)
+    tables, head = DLRM(), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    compiled(tables)(*make_batch(tables, 2, torch.Generator().manual_seed(0))).sum().backward()
+    step_head = compiled(head)
+    step_head(torch.ones(3, 4)).sum().backward()
+    if rank == 1:
+        head = head.double()
+    step_head(torch.ones(3, 4, dtype=head[0].weight.dtype))
+
+
 def bad_batch(rank: int, fault: str) -> str:
     """Give rank 1 a faulty batch after a good step; every rank must raise, and nothing may have changed."""
     torch.manual_seed(0)

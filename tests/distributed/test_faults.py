@@ -32,7 +32,7 @@ def test_a_bad_batch_on_one_rank_raises_on_all(fault: str, text: str) -> None:
 def test_a_rank_that_does_not_come_is_named(phase: str) -> None:
     outcomes = run_ranks(scenarios.absent_rank, 4, phase)
     assert outcomes[0].error == "CollectiveError", outcomes[0]
-    assert "exchange_headers: expected all of ranks [0, 1, 2, 3]" in outcomes[0].message
+    assert "lower_to_sptt: exchange_headers: expected all of ranks [0, 1, 2, 3]" in outcomes[0].message
     assert "ranks [1, 2, 3] did not arrive" in outcomes[0].message
     assert [outcome.value for outcome in outcomes[1:]] == ["did not call"] * 3
 
@@ -83,6 +83,12 @@ def test_ranks_in_different_programs_raise_the_same_error() -> None:
         assert (
             "expected the same program on every rank, found another one than rank 0's on ranks [1]" in outcome.message
         )
+
+
+def test_ranks_in_different_programs_without_tables_raise_the_same_error() -> None:
+    for outcome in run_ranks(scenarios.differing_heads, 2):
+        assert outcome.error == "CollectiveError", outcome
+        assert "expected the same program on every rank, found another one" in outcome.message
 
 
 def test_a_data_parallel_wrapper_is_refused_by_name() -> None:

@@ -159,3 +159,18 @@ def test_a_sharded_model_in_the_hands_of_users() -> None:
         assert said["load_state_dict"] == "ok <All keys matched successfully>"
         assert said["loaded"] == "True"
         assert said["double"] == "ok torch.float64"
+
+
+@pytest.mark.parametrize(
+    ("topology", "comm_dtype"),
+    [("2x2", {"peer": ("float8", "bfloat16")}), ("4x1", {"peer": "int8"}), ("2x2", {"intra": "float16"})],
+)
+def test_real_ranks_send_what_simulated_ranks_send(topology: str, comm_dtype: dict[str, Any]) -> None:
+    results = values(run_ranks(scenarios.compressed, 4, topology, comm_dtype))
+    sent: dict[Any, int] = {}
+    for result in results:
+        assert result["output"]
+        assert all(result["gradients"])
+        for key, count in result["bytes"].items():
+            sent[key] = sent.get(key, 0) + count
+    assert sent == results[0]["simulated"]
