@@ -19,6 +19,7 @@ from dmt_compile.tower_modules import KINDS
 
 PARTITIONS = ("balanced", "strided", *STRATEGIES)
 DENSE_COMPILERS = ("inductor", "aot_eager", "eager")
+ID_EXCHANGES = ("auto", "global", "hierarchical")
 
 
 def _nearest(name: object, valid: Sequence[str]) -> str:
@@ -52,6 +53,10 @@ class Options:
         tower_module_options: of that kind, such as ``{"c": 1, "p": 0, "dim": 64}``.
         seed: of the Tower Modules' initial values, and those of the layers that get another size; of the search for
             ``"coherent"`` and ``"diverse"`` towers.
+        id_exchange: how ids reach the tables' owners: ``"global"`` (one exchange among all ranks, the embeddings are
+            permuted afterwards), ``"hierarchical"`` (across hosts first, then inside them; nothing is permuted) or
+            ``"auto"`` (what :mod:`dmt_compile.cost.id_exchange` expects to be faster). The numbers are the same, but
+            for the order in which a table's gradient sums the samples.
         dense_compiler: what compiles the dense regions: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         check_ids: check every id against its table's rows before it is used.
         strict: an unsupported region is an error, not a fallback.
@@ -76,6 +81,7 @@ class Options:
     tower_module: str | Callable[..., Any] | None = None
     tower_module_options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    id_exchange: str = "auto"
     dense_compiler: str = "inductor"
     check_ids: bool = True
     strict: bool = False
@@ -103,11 +109,10 @@ class Options:
             self._check_explicit(self.partition)
         self._check_planner()
         self._check_tower_module()
-        if self.dense_compiler not in DENSE_COMPILERS:
-            raise ConfigError(
-                f"options: expected a known 'dense_compiler', found {self.dense_compiler!r}"
-                + _nearest(self.dense_compiler, DENSE_COMPILERS)
-            )
+        for name, valid in (("dense_compiler", DENSE_COMPILERS), ("id_exchange", ID_EXCHANGES)):
+            value = getattr(self, name)
+            if value not in valid:
+                raise ConfigError(f"options: expected a known {name!r}, found {value!r}" + _nearest(value, valid))
         for name in ("timeout_s", "first_timeout_s"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:

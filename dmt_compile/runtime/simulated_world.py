@@ -259,7 +259,13 @@ class _Transfer:
         self, topology: Topology, grouped: Topology, group: str, hop: str, sizes: list[list[int]], ledger: Ledger
     ) -> None:
         ranks = range(topology.world_size)
-        members = {"world": lambda r: tuple(ranks), "intra": grouped.intra_ranks, "peer": grouped.peer_ranks}[group]
+        members = {
+            "world": lambda r: tuple(ranks),
+            "intra": grouped.intra_ranks,
+            "peer": grouped.peer_ranks,
+            "host": topology.intra_ranks,
+            "across": topology.peer_ranks,
+        }[group]
         self.members = [members(rank) for rank in ranks]
         self.topology, self.hop, self.sizes, self.ledger = topology, hop, sizes, ledger
 

@@ -16,7 +16,7 @@ from torch import fx, nn
 from dmt_compile import SimulatedWorld, Topology, torch_internals
 from dmt_compile.errors import DmtError
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import gradient_ops, id_ops, ops
+from dmt_compile.ir import gradient_ops, id_ops, ops, weight_ops
 from dmt_compile.ir.pass_base import PassContext
 from dmt_compile.kernels.batched_lookup import op as kernel
 from dmt_compile.kernels.batched_lookup.reference import Pooling
@@ -386,8 +386,8 @@ def frequencies_of_ids_are_ignored(patch: Patch) -> None:
 
 @mutation("weighted_bags", "output 0 differs")
 def weights_arrive_in_another_order(patch: Patch) -> None:
-    pack = id_ops.pack_weights
-    swap(patch, id_ops, "pack_weights", lambda *args: pack(*args).flip(0))
+    pack = weight_ops.pack_weights
+    swap(patch, weight_ops, "pack_weights", lambda *args: pack(*args).flip(0))
 
 
 @mutation("ids_behind_the_last_bag", "output 0 differs")

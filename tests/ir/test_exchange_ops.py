@@ -17,7 +17,7 @@ from torch import fx, nn
 from dmt_compile import pipeline, torch_internals
 from dmt_compile.errors import BatchError, CollectiveError
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import gradient_ops, id_ops, ops
+from dmt_compile.ir import gradient_ops, id_ops, ops, weight_ops
 from dmt_compile.ir.metadata import describe
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.kernels.batched_lookup.reference import Pooling
@@ -438,11 +438,11 @@ def test_weights_go_with_their_ids_and_gradients_come_back() -> None:
     for batch, route in zip(batches, of_ranks, strict=True):
         weighted = [feature for feature in range(4) if WEIGHTED[feature]]
         columns = ([getattr(batch, name)[f] for f in weighted] for name in ("weights", "offsets"))
-        packed.append(id_ops.pack_weights(*columns, tuple(HOW[f] for f in weighted), route))
+        packed.append(weight_ops.pack_weights(*columns, tuple(HOW[f] for f in weighted), route))
     sizes = [route.sizes("weights")[0] for route in of_ranks]
     transfer = _Transfer(layout.topology, layout.topology, "world", "weights", sizes, Ledger())
     moved = _AllToAll.apply(transfer, *packed)
-    found = [id_ops.unpack_weights(received, route) for received, route in zip(moved, of_ranks, strict=True)]
+    found = [weight_ops.unpack_weights(received, route) for received, route in zip(moved, of_ranks, strict=True)]
     assert [[column is None for column in columns] for columns in found] == [[False, True, False, True]] * 4
     for columns in (found[0], found[1], found[3]):  # nothing to read here, but all ranks send gradients back
         assert all(len(column) == 0 and column.requires_grad for column in (columns[0], columns[2]))
