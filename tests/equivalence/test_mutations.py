@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -51,6 +51,7 @@ class Case:
     steps: Steps
     verdict: str = "equal"
     topology: str = "2x2"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 CASES: dict[str, Callable[[], Case]] = {}
@@ -75,6 +76,16 @@ def bags() -> Case:
     tables = Table(7, 4), Table(9, 4, padding=2), Table(11, 4, sparse=True), Table(5, 4), Table(3, 4, frozen=True)
     modes = "sum", "mean", "sum", "max", "sum"
     return of_spec(tables, [Feature(i, mode=mode, last_offset=i == 1) for i, mode in enumerate(modes)])
+
+
+@case
+def bags_by_way_of_hosts() -> Case:
+    return replace(bags(), options={"id_exchange": "hierarchical"})
+
+
+@case
+def weighted_bags_by_way_of_hosts() -> Case:
+    return replace(weighted_bags(), options={"id_exchange": "hierarchical"})
 
 
 @case
@@ -246,7 +257,9 @@ def verdict(name: str) -> str:
     model, flat, world = it.model, copy.deepcopy(it.model), SimulatedWorld(it.topology)
     for batches in it.steps:
         try:
-            outputs = world.run(model, copy.deepcopy(batches), dense_compiler="eager", partition="strided")
+            outputs = world.run(
+                model, copy.deepcopy(batches), dense_compiler="eager", partition="strided", **it.options
+            )
         except (DmtError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
         try:
@@ -349,6 +362,37 @@ def bags_are_one_id_longer_than_they_are(patch: Patch) -> None:
                 for i, x in enumerate(lists)]  # fmt: skip
 
     swap(patch, id_ops, "unpack_ids", with_list(id_ops.unpack_ids, late))
+
+
+@mutation("fixed_bags", "output 0 differs")
+def even_bags_that_arrive_are_one_id_long(patch: Patch) -> None:
+    patch.setattr(id_ops, "_even_offsets", lambda route, position, ids: torch.arange(
+        route.global_batch_size, dtype=ids.dtype))  # fmt: skip
+
+
+@mutation("bags_by_way_of_hosts", "RuntimeError: |output 0 differs")
+def forwarded_ids_stay_in_the_order_they_came(patch: Patch) -> None:
+    swap(patch, id_ops, "regroup_by_owner", lambda received, route, what: received.clone())
+
+
+@mutation("bags_by_way_of_hosts", "output 0 differs")
+def samples_are_looked_up_in_the_order_of_ranks(patch: Patch) -> None:
+    patch.setattr(route.Layout, "sample_order", property(lambda self: tuple(range(self.topology.world_size))))
+
+
+@mutation("bags_by_way_of_hosts", "RuntimeError: |output 0 differs")
+def ids_are_taken_in_the_order_of_ranks(patch: Patch) -> None:
+    patch.setattr(route.Layout, "arrival_order", property(lambda self: tuple(range(self.topology.world_size))))
+
+
+@mutation("weighted_bags_by_way_of_hosts", "output 0 differs")
+def forwarded_weights_are_split_like_ids(patch: Patch) -> None:
+    regroup = id_ops.regroup_by_owner
+
+    def mixed(received: torch.Tensor, route: Any, what: str) -> torch.Tensor:
+        return regroup(received, route, what) if what == "ids" else received.flip(0)
+
+    swap(patch, id_ops, "regroup_by_owner", mixed)
 
 
 @mutation("two_features_on_a_rank", "output 0 differs")
