@@ -100,6 +100,11 @@ def fixed_bags() -> Case:
 
 
 @case
+def fixed_bags_of_one_rank() -> Case:
+    return replace(fixed_bags(), steps=[fixed_bags().steps[0][:1]], topology="1x1")
+
+
+@case
 def weighted_bags() -> Case:
     tables = Table(7, 3), Table(9, 3), Table(5, 3, padding=1)
     return of_spec(tables, [Feature(0, weights="learned"), Feature(1, weights="batch"), Feature(2, weights="learned")])
@@ -257,9 +262,8 @@ def verdict(name: str) -> str:
     model, flat, world = it.model, copy.deepcopy(it.model), SimulatedWorld(it.topology)
     for batches in it.steps:
         try:
-            outputs = world.run(
-                model, copy.deepcopy(batches), dense_compiler="eager", partition="strided", **it.options
-            )
+            options = {"dense_compiler": "eager", "partition": "strided", **it.options}
+            outputs = world.run(model, copy.deepcopy(batches), **options)
         except (DmtError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
         try:
@@ -463,7 +467,7 @@ def features_are_listed_by_rank_from_the_back(patch: Patch) -> None:
 # ------ operators and kernels of one rank
 
 
-@mutation("fixed_bags", "output 0 differs")
+@mutation("fixed_bags_of_one_rank", "output 0 differs")
 def even_bags_are_one_id_long(patch: Patch) -> None:
     def short(ids: torch.Tensor) -> torch.Tensor:
         return torch.arange(ids.shape[0], dtype=ids.dtype, device=ids.device)

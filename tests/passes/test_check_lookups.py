@@ -135,7 +135,7 @@ def test_lookups_with_as_many_bags_are_one_group() -> None:
     specs = {spec.name: (spec.bags, spec.pooling, spec.jagged, spec.weighted) for spec in found.table_specs()}
     assert specs["bag"] == (1.0, 1.333, 1.0, 1.0)
     assert specs["other"] == (5.0, 1.0, 0.0, 0.0)
-    assert specs["pooled"] == (1.0, 4.0, 1.0, 0.0)
+    assert specs["pooled"] == (1.0, 4.0, 0.0, 0.0)
     assert torch.equal(graph.outputs(), expected)
     assert_compiled_is_eager(Sequences(), sequences(), longest_sum=5)
 
