@@ -16,6 +16,7 @@ from dmt_compile import torch_internals
 from dmt_compile.backend import compile_graph, copy_graph
 from dmt_compile.capture import Capture
 from dmt_compile.config import Options
+from dmt_compile.cost.id_exchange import id_exchange_of
 from dmt_compile.cost.traffic import bytes_per_link
 from dmt_compile.inspection.dumps import GraphDump
 from dmt_compile.inspection.explanation import explanation_text
@@ -83,10 +84,10 @@ def explain(
 ) -> Explanation:
     """Return, printable, what the compiler would do with a model; arguments as for :func:`plan`."""
     captured = _capture(model, batch, topology, kwargs, options, Stage.LOWERED)
-    wanted = Options.from_mapping(options).dense_compiler
+    parsed = Options.from_mapping(options)
     records = tuple(
         replace(record, effect=Effect.REORDERED)
-        if record.name == "compile_dense_regions" and wanted != "eager"
+        if record.name == "compile_dense_regions" and parsed.dense_compiler != "eager"
         else record
         for record in captured.report.records
     )
@@ -99,7 +100,9 @@ def explain(
         passes=records,
         effect=PipelineReport(records).effect,
         batch_size=captured.batch_size,
-        bytes_per_link=bytes_per_link(captured.plan, captured.batch_size),
+        bytes_per_link=bytes_per_link(
+            captured.plan, captured.batch_size, id_exchange_of(parsed.id_exchange, captured.plan)
+        ),
     )
 
 

@@ -21,6 +21,7 @@ from dmt_compile.tower_modules import KINDS
 PARTITIONS = ("balanced", "strided", *STRATEGIES)
 DENSE_COMPILERS = ("inductor", "aot_eager", "eager")
 HOPS = ("intra", "peer", "dense")
+ID_EXCHANGES = ("auto", "global", "hierarchical")
 
 
 def _nearest(name: object, valid: Sequence[str]) -> str:
@@ -58,6 +59,10 @@ class Options:
             between hosts) and ``"dense"`` (gradients of dense parameters between hosts). A form is ``"float32"`` (as
             they are), ``"bfloat16"``, ``"float16"``, or for embeddings ``"float8"`` or ``"int8"``, which are scaled by
             row; a pair of forms is for the forward and the backward pass. Sums are made in float32 all the same.
+        id_exchange: how ids reach the tables' owners: ``"global"`` (one exchange among all ranks, the embeddings are
+            permuted afterwards), ``"hierarchical"`` (across hosts first, then inside them; nothing is permuted) or
+            ``"auto"`` (what :mod:`dmt_compile.cost.id_exchange` expects to be faster). The numbers are the same, but
+            for the order in which a table's gradient sums the samples.
         dense_compiler: what compiles the dense regions: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         check_ids: check every id against its table's rows before it is used.
         strict: an unsupported region is an error, not a fallback.
@@ -83,6 +88,7 @@ class Options:
     tower_module_options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     comm_dtype: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    id_exchange: str = "auto"
     dense_compiler: str = "inductor"
     check_ids: bool = True
     strict: bool = False
@@ -111,11 +117,10 @@ class Options:
         self._check_planner()
         self._check_tower_module()
         self._check_comm_dtype()
-        if self.dense_compiler not in DENSE_COMPILERS:
-            raise ConfigError(
-                f"options: expected a known 'dense_compiler', found {self.dense_compiler!r}"
-                + _nearest(self.dense_compiler, DENSE_COMPILERS)
-            )
+        for name, valid in (("dense_compiler", DENSE_COMPILERS), ("id_exchange", ID_EXCHANGES)):
+            value = getattr(self, name)
+            if value not in valid:
+                raise ConfigError(f"options: expected a known {name!r}, found {value!r}" + _nearest(value, valid))
         for name in ("timeout_s", "first_timeout_s"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:

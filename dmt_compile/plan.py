@@ -14,6 +14,7 @@ from dmt_compile.errors import PlanError
 from dmt_compile.topology import Topology
 
 PLAN_VERSION = 2
+MOST_INT32 = 2**31 - 1
 
 
 class Origin(NamedTuple):
@@ -61,7 +62,7 @@ class TableSpec:
         features: lookups per sample that read this table (2 for a table shared by two features).
         pooling: mean ids per bag, measured on the planning batch.
         bags: mean bags per sample and lookup; more than 1 where a sequence is used before it is pooled.
-        jagged: share of the bags whose lengths travel with the ids; the others have one id.
+        jagged: share of the bags whose lengths travel with the ids; the others have one id, or as many as each other.
         weighted: share of the bags whose ids have weights.
     """
 
@@ -93,9 +94,14 @@ class TableSpec:
         return round(self.features * self.bags * self.dim * self.element_bytes)
 
     @property
+    def id_bytes(self) -> int:
+        """Bytes of one id or bag length on the wire: int32 where it can count the rows of the table's parameter."""
+        return 4 if parameter_of(self.name).first_row + self.rows <= MOST_INT32 else 8
+
+    @property
     def id_bytes_per_sample(self) -> float:
-        """Bytes of ids, bag lengths (int64 on the wire) and weights that one sample sends to this table's owner."""
-        per_bag = 8 * (self.pooling + self.jagged) + self.weighted * self.pooling * self.element_bytes
+        """Bytes of ids, bag lengths and weights that one sample sends to this table's owner."""
+        per_bag = self.id_bytes * (self.pooling + self.jagged) + self.weighted * self.pooling * self.element_bytes
         return self.features * self.bags * per_bag
 
 
@@ -249,6 +255,11 @@ class TowerPlan:
         if len(shards) != 1:
             raise PlanError(f"plan: expected one shard for table {table}, found {len(shards)}")
         return shards[0].rank
+
+    @property
+    def id_bytes(self) -> int:
+        """Bytes of one id or bag length on the wire: one type for all tables."""
+        return max((table.id_bytes for table in self.tables), default=4)
 
     def merge(self, other: TowerPlan) -> TowerPlan:
         """Return the plan of a model whose tables came in two graphs, planned one after the other."""

@@ -20,7 +20,7 @@ HALF_GRADIENT = {torch.bfloat16: 4e-2, torch.float16: 8e-3}
 # Narrow forms on the wire round an embedding once on each hop: at 4e-3 (bfloat16), 5e-4 (float16), 6e-2 (float8) and at
 # 4e-3 of the largest of its row (int8); layers multiply that as above. Gradients are rounded on their way back as well,
 # and an activation near its kink changes a whole term of them.
-WIRE = {"bfloat16": 2e-2, "float16": 4e-3, "float8": 1.6e-1, "int8": 4e-2}
+WIRE = {"bfloat16": 2e-2, "float16": 4e-3, "float8": 1.6e-1, "int8": 6e-2}
 
 
 def lossy_limit(forms: Iterable[str], gradient: bool = False) -> float:

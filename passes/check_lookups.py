@@ -102,7 +102,7 @@ class CheckLookups(Pass):
                 sparse=how.sparse,
                 pooling=found / here if found and here and offsets is not None else 1.0,
                 bags=bags,
-                jagged=offsets is not None,
+                jagged=isinstance(offsets, fx.Node) and offsets.target is not ops.even_offsets,
                 weighted=weights is not None,
                 group=group,
             )

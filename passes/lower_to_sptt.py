@@ -12,8 +12,16 @@ between each table is read by its owner alone:
     all-to-all peer, join_blocks             f: all features, or towers' outputs, of this rank's samples
     scale_gradient, split_features           1 / ranks in the backward pass; columns back to features
 
-Steps c to e fall away where a tower has one rank, step f where there is one tower group. The backward pass mirrors the
-exchanges. A tower over K hosts makes its K x local ranks one group.
+With the hierarchical id exchange (``id_exchange``), step a goes by way of hosts, and c falls away:
+
+    all-to-all ids_across (across)           a: ids cross hosts once, to the rank with the sender's local rank
+    regroup_by_owner
+    all-to-all ids_host (host)               ... which forwards them to their owners
+    unpack_ids, lookup, join_features        b: pooled rows in peer order
+
+Step c also falls away where there is one tower group, whose peer order is rank order. Steps c to e fall away where a
+tower has one rank, step f where there is one tower group. The backward pass mirrors the exchanges. A tower over K hosts
+makes its K x local ranks one group.
 """
 
 from __future__ import annotations
@@ -27,16 +35,18 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import fx
 
+from dmt_compile.cost.id_exchange import id_exchange_of
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import gradient_ops, id_ops, ops
+from dmt_compile.ir import gradient_ops, id_ops, ops, weight_ops
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, only_joined, sort_graph
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.ir.tower_regions import find_towers
+from dmt_compile.runtime.route import ID_HOPS, IdExchange
 
 Call = Callable[..., fx.Node]  # (target, *arguments) -> the node that calls it, at the graph's insertion point
 
 
-def exchange(call: Call, tensor: fx.Node, route: fx.Node, hop: str, group: str) -> fx.Node:
+def all_to_all(call: Call, tensor: fx.Node, route: fx.Node, hop: str, group: str) -> fx.Node:
     """Start an all-to-all in the tensor's own type and wait for it; ``overlap_collectives`` draws the two apart."""
     dtype = str(tensor.meta["val"].dtype).removeprefix("torch.")
     return call(ex.wait_all_to_all, call(ex.start_all_to_all, tensor, route, hop, group, dtype, dtype))
@@ -87,7 +97,8 @@ class LowerToSptt(Pass):
         towers = find_towers(gm, ctx, lookups)
         promoted = functools.reduce(torch.promote_types, (value.dtype for value in values))
         ids, offsets, how, weights, others, rows, labels, check_ids = check.args
-        jagged = tuple(starts is not None for starts in offsets)  # type: ignore[union-attr]
+        even = tuple(isinstance(starts, fx.Node) and starts.target is ops.even_offsets for starts in offsets)  # type: ignore[union-attr]
+        jagged = tuple(starts is not None and not e for starts, e in zip(offsets, even, strict=True))  # type: ignore[arg-type]
         weighted = tuple(factors is not None for factors in weights)  # type: ignore[union-attr]
 
         def call(target: object, *args: object) -> fx.Node:
@@ -95,19 +106,29 @@ class LowerToSptt(Pass):
 
         with gm.graph.inserting_before(check):
             outputs = towers.group_widths(groups.hosts)
-            layout = call(id_ops.layout, groups.hosts, groups.local_ranks, owners, widths, jagged, weighted, outputs)
+            exchange = IdExchange(
+                "int32" if ctx.plan.id_bytes == 4 else "int64",
+                ctx.topology.hosts if id_exchange_of(ctx.options.id_exchange, ctx.plan) == "hierarchical" else 0,
+                even,
+            )
+            layout = call(
+                id_ops.layout, groups.hosts, groups.local_ranks, owners, widths, jagged, weighted, outputs, exchange
+            )
             packed = call(id_ops.pack_ids, layout, ids, offsets, how, weights, others, rows, check_ids)
             payload, sent = call(operator.getitem, packed, 0), call(operator.getitem, packed, 1)
             received = call(id_ops.exchange_headers, sent, rows, labels)
-            bags = call(torch.ops.aten.sym_size.int, offsets[0] if jagged[0] else ids[0], 0)  # type: ignore[index]
+            bags = call(torch.ops.aten.sym_size.int, ids[0] if offsets[0] is None else offsets[0], 0)  # type: ignore[index]
             bags = call(operator.sub, bags, 1) if how[0].last_offset else bags  # type: ignore[index, union-attr]
             route = call(id_ops.route, layout, sent, received, bags)
-            bags_of = call(id_ops.unpack_ids, exchange(call, payload, route, "ids", "world"), route)
-            factors = self._exchange_weights(ctx, call, check, route) if any(weighted) else [None] * len(lookups)
+            bags_of = call(id_ops.unpack_ids, self._to_owners(call, payload, route, exchange, "ids"), route)
+            factors: list[fx.Node | None] = [None] * len(lookups)
+            if any(weighted):
+                factors = self._exchange_weights(ctx, call, check, route, exchange)
         for index, lookup in enumerate(lookups):
             with gm.graph.inserting_before(lookup):
                 lookup.update_arg(1, call(operator.getitem, bags_of, 2 * index))
-                lookup.update_arg(2, call(operator.getitem, bags_of, 2 * index + 1) if jagged[index] else None)
+                if offsets[index] is not None:  # type: ignore[index]
+                    lookup.update_arg(2, call(operator.getitem, bags_of, 2 * index + 1))
                 lookup.update_arg(3, factors[index])
             lookup.update_arg(4, how[index]._replace(last_offset=False, scale_grad_by_freq=False))  # type: ignore[index, union-attr]
             lookup.meta["val"] = ctx.environment.derive(lookup, gm)
@@ -119,13 +140,14 @@ class LowerToSptt(Pass):
         with gm.graph.inserting_before(anchor):
             joined = call(ex.join_features, list(lookups), route)
             if groups.local_ranks > 1:
-                joined = call(ex.peer_permute, joined, route)
-                moved = exchange(call, joined, route, "intra", "intra")
+                if groups.hosts > 1 and not exchange.hosts:
+                    joined = call(ex.peer_permute, joined, route)
+                moved = all_to_all(call, joined, route, "intra", "intra")
                 joined = call(ex.join_blocks, moved, route, "intra")
             if towers.modules:
                 joined = towers.run(gm, ctx, joined, route)
             if groups.hosts > 1:
-                moved = exchange(call, joined, route, "peer", "peer")
+                moved = all_to_all(call, joined, route, "peer", "peer")
                 joined = call(ex.join_blocks, moved, route, "peer")
             if ctx.training:
                 joined = call(gradient_ops.scale_gradient, joined, 1 / ctx.topology.world_size)
@@ -154,7 +176,16 @@ class LowerToSptt(Pass):
         gm.graph.erase_node(check)
         return len(lookups)
 
-    def _exchange_weights(self, ctx: PassContext, call: Call, check: fx.Node, route: fx.Node) -> list[fx.Node | None]:
+    def _to_owners(self, call: Call, sent: fx.Node, route: fx.Node, exchange: IdExchange, what: str) -> fx.Node:
+        """Send ids or their weights to the tables' owners."""
+        for number, (hop, group) in enumerate(ID_HOPS[bool(exchange.hosts)]):
+            sent = call(id_ops.regroup_by_owner, sent, route, what) if number else sent
+            sent = all_to_all(call, sent, route, what + hop, group)
+        return sent
+
+    def _exchange_weights(
+        self, ctx: PassContext, call: Call, check: fx.Node, route: fx.Node, exchange: IdExchange
+    ) -> list[fx.Node | None]:
         """Send per-sample weights along with the ids; their gradients come back the same way."""
         columns: Any = zip(*check.args[1:4], strict=True)
         weighted = [(starts, how, factors) for starts, how, factors in columns if factors is not None]
@@ -166,11 +197,11 @@ class LowerToSptt(Pass):
             for factor, d in zip(factors, dtypes, strict=True)
         ]
         packed = call(
-            id_ops.pack_weights, factors, [s for s, *_ in weighted], tuple(how for _, how, _ in weighted), route
+            weight_ops.pack_weights, factors, [s for s, *_ in weighted], tuple(how for _, how, _ in weighted), route
         )
         if packed.meta["val"].requires_grad:
             packed = call(gradient_ops.scale_gradient, packed, float(ctx.topology.world_size))
-        received = call(id_ops.unpack_weights, exchange(call, packed, route, "weights", "world"), route)
+        received = call(weight_ops.unpack_weights, self._to_owners(call, packed, route, exchange, "weights"), route)
         out: list[fx.Node | None] = []
         remaining = iter(dtypes)
         for index, factor in enumerate(cast(Any, check.args[3])):

@@ -178,20 +178,24 @@ def test_batch_conventions(model: type[nn.Module], batch: Any, kwargs: dict[str,
 
 
 @pytest.mark.parametrize(("topology", "towers"), [("3x2", "host"), ("1x3", "host"), ("4x1", "host"), ("4x2", 2)])
-def test_predicted_bytes_are_those_that_a_simulated_step_moves(topology: str, towers: int | str) -> None:
+@pytest.mark.parametrize("id_exchange", ["auto", "hierarchical"])
+def test_predicted_bytes_are_those_that_a_simulated_step_moves(
+    topology: str, towers: int | str, id_exchange: str
+) -> None:
     torch.manual_seed(0)
     model = DLRM(dims=(4, 8, 8, 3, 9))
     batch = one_id_each(model, 6)
-    explanation = dmt_compile.explain(model, batch, topology, towers=towers)
+    options: dict[str, Any] = {"towers": towers, "id_exchange": id_exchange}
+    explanation = dmt_compile.explain(model, batch, topology, **options)
     assert explanation.batch_size == 6
     world = dmt_compile.SimulatedWorld(topology)
     ranks = world.topology.world_size
     distinct = [one_id_each(model, 6, seed) for seed in range(ranks)]
-    outputs = world.run(model, distinct, dense_compiler="eager", towers=towers)
+    outputs = world.run(model, distinct, dense_compiler="eager", **options)
     sum(output.sum() for output in outputs).backward()
     moved = {"intra": 0, "cross": 0}
     for (collective, _, link), sent in world.ledger.records.items():
-        if collective in ("ids", "intra", "peer"):
+        if collective in ("ids", "ids_across", "ids_host", "intra", "peer"):
             moved[link] += sent
     assert moved == explanation.bytes_per_link["sptt"]
     assert sum(moved.values()) > 0

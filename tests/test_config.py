@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dmt_compile.config import DENSE_COMPILERS, PARTITIONS, Options
+from dmt_compile.config import DENSE_COMPILERS, ID_EXCHANGES, PARTITIONS, Options
 from dmt_compile.errors import ConfigError, PlanError
 from dmt_compile.partition.assign import STRATEGIES, make_plan
 from dmt_compile.plan import TableSpec, TowerPlan
@@ -43,6 +43,7 @@ def test_no_options_are_the_defaults() -> None:
         {"partition": "diverse", "interactions": Path("interactions.json"), "max_imbalance": 1.5},
         {"partition": "strided", "memory_bytes": 1 << 30},
         *({"dense_compiler": name} for name in DENSE_COMPILERS),
+        *({"id_exchange": name} for name in ID_EXCHANGES),
     ],
 )
 def test_valid_values_are_kept(values: dict[str, Any]) -> None:
@@ -61,6 +62,11 @@ def test_valid_values_are_kept(values: dict[str, Any]) -> None:
             "options: expected 'interactions' beside 'partition' 'coherent', found none; measure them on the trained "
             "flat model with dmt_compile.interactions(model, batches) and pass the result",
         ),
+        (
+            {"id_exchange": "hierarchic"},
+            "options: expected a known 'id_exchange', found 'hierarchic'; did you mean 'hierarchical'?",
+        ),
+        ({"id_exchange": None}, "expected a known 'id_exchange', found None; valid are 'auto', 'global', 'hierarch"),
         ({"partition": "coherant"}, "found 'coherant'; did you mean 'coherent'?"),
         (
             {"interactions": "m.json"},

@@ -40,7 +40,7 @@ def test_table_sizes() -> None:
     assert table.element_bytes == 2
     assert table.memory_bytes == 80
     assert table.output_bytes_per_sample == 16
-    assert table.id_bytes_per_sample == 2 * 8 * 3.5
+    assert table.id_bytes_per_sample == 2 * 4 * 3.5
 
 
 @given(
@@ -254,7 +254,7 @@ def test_text_counts_the_shards_of_a_split_table() -> None:
     halves = (Shard(0, (0, 4), (0, 8)), Shard(1, (0, 4), (8, 16)))
     plan = TowerPlan(Topology(1, 2), (table,), (Tower("tower0", ("emb.0",), (0,), 16),), {"emb.0": halves})
     lines = str(plan).splitlines()
-    assert "| 0    | 0    |      1 |  128 B |            48 B |" in lines
+    assert "| 0    | 0    |      1 |  128 B |            40 B |" in lines
     assert "| emb.0 |    4 |  16 |  256 B | tower0 | 0, 1  |" in lines
 
 

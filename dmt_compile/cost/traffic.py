@@ -19,7 +19,6 @@ from dmt_compile.plan import TowerPlan
 from dmt_compile.topology import Topology
 
 Matrix = NDArray[np.int64]
-ID_BYTES = 8  # ids and bag lengths travel as int64
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class Hop:
     """One exchange of a step in one direction.
 
     Args:
-        name: ``"ids"``, ``"flat embeddings"``, ``"in-host embeddings"`` (inside a tower's hosts), ``"peer embeddings"``
-            or ``"peer tower outputs"``.
+        name: ``"ids"``, or ``"ids across hosts"`` and ``"ids in hosts"``; ``"flat embeddings"``, ``"in-host
+            embeddings"`` (inside a tower's hosts), ``"peer embeddings"`` or ``"peer tower outputs"``.
         direction: ``"forward"``, or ``"backward"`` for the gradients that mirror it.
         intra_bytes: bytes inside hosts, all ranks.
         cross_bytes: bytes between hosts, all ranks.
@@ -62,12 +61,13 @@ class Traffic:
         }
 
 
-def bytes_per_link(plan: TowerPlan, batch_size: int) -> dict[str, dict[str, int]]:
+def bytes_per_link(plan: TowerPlan, batch_size: int, id_exchange: str = "global") -> dict[str, dict[str, int]]:
     """Return the bytes of one training step in which every rank has ``batch_size`` samples.
 
     Args:
         plan: whole tables on single ranks.
         batch_size: samples of each rank.
+        id_exchange: as for :func:`embedding_traffic`.
 
     Returns:
         ``{"flat", "sptt" or "sptt+tm": {"intra" or "cross": bytes}}``, summed over all ranks, ids and both directions;
@@ -76,11 +76,14 @@ def bytes_per_link(plan: TowerPlan, batch_size: int) -> dict[str, dict[str, int]
     Raises:
         PlanError: a table is split over several ranks.
     """
-    return embedding_traffic(plan, [batch_size] * plan.topology.world_size).bytes_per_link()
+    return embedding_traffic(plan, [batch_size] * plan.topology.world_size, id_exchange=id_exchange).bytes_per_link()
 
 
 def embedding_traffic(
-    plan: TowerPlan, batch_sizes: Sequence[int], id_counts: Mapping[str, Sequence[int]] | None = None
+    plan: TowerPlan,
+    batch_sizes: Sequence[int],
+    id_counts: Mapping[str, Sequence[int]] | None = None,
+    id_exchange: str = "global",
 ) -> Traffic:
     """Return every exchange of one training step.
 
@@ -89,6 +92,7 @@ def embedding_traffic(
         batch_sizes: samples of each rank.
         id_counts: for each table the ids that each rank looks up; by default the table's mean pooling times the rank's
             samples and the table's features.
+        id_exchange: how ids reach the owners under SPTT, ``"global"`` or ``"hierarchical"``; flat they go at once.
 
     Raises:
         PlanError: a table is split over several ranks.
@@ -103,13 +107,10 @@ def embedding_traffic(
     for table in plan.tables:
         owner = plan.owner(table.name)
         width_S[owner] += table.output_bytes_per_sample
-        if id_counts is None:
-            ids_SR[:, owner] += np.rint(batch_R * table.id_bytes_per_sample).astype(np.int64)
-        else:
-            counts_S = np.asarray(id_counts[table.name], dtype=np.int64)
-            lengths_S = table.features * table.bags * table.jagged * batch_R
-            weights_S = table.weighted * table.element_bytes * counts_S
-            ids_SR[:, owner] += np.rint(ID_BYTES * (counts_S + lengths_S) + weights_S).astype(np.int64)
+        bags_S = table.features * table.bags * batch_R
+        counts_S = table.pooling * bags_S if id_counts is None else np.asarray(id_counts[table.name], dtype=np.int64)
+        weights_S = table.weighted * table.element_bytes * counts_S
+        ids_SR[:, owner] += np.rint(plan.id_bytes * (counts_S + table.jagged * bags_S) + weights_S).astype(np.int64)
 
     group, position = ranks // groups.local_ranks, ranks % groups.local_ranks
     group_width = np.bincount(group, width_S, groups.hosts).astype(np.int64)
@@ -120,7 +121,7 @@ def embedding_traffic(
 
     def with_peers(name: str, width: NDArray[np.int64]) -> tuple[Hop, ...]:
         return (
-            ids,
+            *(_by_way_of_hosts(ids_SR, topology) if id_exchange == "hierarchical" else [ids]),
             *_both_directions("in-host embeddings", in_host_SR, topology),
             *_both_directions(name, width[group][:, None] * peers_SR, topology),
         )
@@ -131,6 +132,22 @@ def embedding_traffic(
         sptt=with_peers("peer embeddings", group_width),
         sptt_tm=with_peers("peer tower outputs", group_width - _saved_bytes(plan)) if plan.tower_modules else (),
     )
+
+
+def _by_way_of_hosts(bytes_SR: Matrix, topology: Topology) -> list[Hop]:
+    """Return the two hops of the hierarchical id exchange: to the sender's peers, then inside their hosts."""
+    hosts, local = topology.hosts, topology.local_ranks
+    across_SR, inside_SR = np.zeros_like(bytes_SR), np.zeros_like(bytes_SR)
+    by_host = bytes_SR.reshape(hosts, local, hosts, local)  # sender's host and local rank, owner's host and local rank
+    for host in range(hosts):
+        for position in range(local):
+            peer = host * local + position
+            across_SR[position::local, peer] = by_host[:, position, host].sum(axis=1)
+            inside_SR[peer, host * local : (host + 1) * local] = by_host[:, position, host].sum(axis=0)
+    return [
+        _hop("ids across hosts", "forward", across_SR, topology),
+        _hop("ids in hosts", "forward", inside_SR, topology),
+    ]
 
 
 def _saved_bytes(plan: TowerPlan) -> NDArray[np.int64]:
@@ -148,7 +165,8 @@ def message_counts(plan: TowerPlan) -> dict[str, dict[str, int]]:
     """Return how many messages one rank sends to exchange the embeddings of one direction.
 
     Returns:
-        ``{"flat" or "sptt": {"intra" or "cross": messages}}``. The ids take as many as ``"flat"`` either way.
+        ``{"flat" or "sptt": {"intra" or "cross": messages}}``. Ids take as many as ``"flat"`` in one exchange, and in
+        the hierarchical one as many as ``"sptt"`` with a tower a host.
 
     Source: "Cost analysis" in section 3 of the DMT paper: ranks - 1 against (local ranks - 1) + (hosts - 1).
     """

@@ -41,7 +41,7 @@ class Feature:
     Args:
         bags: bags of one sample; more than one where a sequence is used before it is pooled.
         pooling: ids of one bag, on average.
-        jagged: bags differ in length.
+        jagged: bags of one batch differ in length.
         weighted: each id has a weight.
         group: which lookups it is exchanged with: those with as many bags.
     """

@@ -9,11 +9,18 @@ from typing import Any
 from torch import fx
 
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import gradient_ops, id_ops, ops
+from dmt_compile.ir import gradient_ops, id_ops, ops, weight_ops
 from dmt_compile.ir.pass_base import PassContext, calls, nodes_in, placeholders
+from dmt_compile.plan import MOST_INT32
+from dmt_compile.runtime.route import ID_HOPS
 
 _LOOKUPS = (ops.lookup, ops.batched_lookup)
-_HOPS = {"ids": "world", "weights": "world", "intra": "intra", "peer": "peer"}
+_HOPS = {what + hop: group for what in ("ids", "weights") for way in ID_HOPS.values() for hop, group in way}
+_HOPS |= {"intra": "intra", "peer": "peer"}
+# Each way that data goes; ids and their weights may take turns.
+_WAYS = tuple(
+    tuple(hop for hop in _HOPS if hop.partition("_")[0] in (what, "intra", "peer")) for what in ("ids", "weights")
+)
 
 
 def placed(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
@@ -36,11 +43,9 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     if ctx.plan is None or not ctx.distributed:
         return
     groups = ctx.plan.tower_groups()
-    inside = [ex.peer_permute, "intra", ex.join_blocks] if groups.local_ranks > 1 else []
     after = ["peer", ex.join_blocks] if groups.hosts > 1 else []
     after += [gradient_ops.scale_gradient] if ctx.training else []
     for split in calls(gm, ops.split_features):
-        expected = inside + ([ex.run_towers] if split.args[1] is None else []) + after
         route = None
         found: list[Any] = []
         node = split.args[0]
@@ -54,18 +59,58 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
                 if node.args[1] is not route:
                     yield f"{node.name} follows another route than the rest of {split.name}"
             node = node.args[0]
+        at_home = not isinstance(route, fx.Node) or route.meta["val"].layout.exchange.hosts  # rows are in peer order
+        expected: list[Any] = [] if at_home or groups.hosts == 1 or groups.local_ranks == 1 else [ex.peer_permute]
+        expected += ["intra", ex.join_blocks] if groups.local_ranks > 1 else []
+        expected += [ex.run_towers] if split.args[1] is None else []
+        expected += after
         if found != expected:
-            names = [
-                [s if isinstance(s, str) else getattr(s, "__name__", s) for s in steps] for steps in (found, expected)
-            ]
-            yield f"{split.name} comes from the steps {names[0]}, expected {names[1]}"
+            yield f"{split.name} comes from the steps {_names(found)}, expected {_names(expected)}"
+
+
+def _names(steps: list[Any]) -> list[str]:
+    return [step if isinstance(step, str) else getattr(step, "__name__", str(step)) for step in steps]
+
+
+def delivered(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    for node in calls(gm, id_ops.unpack_ids, weight_ops.unpack_weights):
+        what = "ids" if node.target is id_ops.unpack_ids else "weights"
+        route: Any = node.args[1]
+        found: list[Any] = []
+        source = node.args[0]
+        steps = (ex.wait_all_to_all, ex.start_all_to_all, id_ops.regroup_by_owner)
+        while isinstance(source, fx.Node) and source.target in steps:
+            if source.target is ex.wait_all_to_all:
+                source = source.args[0]
+                continue
+            found.insert(0, source.args[2] if source.target is ex.start_all_to_all else source.target)
+            if source.args[1] is not route:
+                yield f"{source.name} follows another route than {node.name}"
+            source = source.args[0]
+        way = [what + hop for hop, _ in ID_HOPS[bool(route.meta["val"].layout.exchange.hosts)]]
+        expected = [*way[:1], *(step for hop in way[1:] for step in (id_ops.regroup_by_owner, hop))]
+        if found != expected:
+            yield f"{node.name} comes from the steps {_names(found)}, expected {_names(expected)}"
+    for packed in calls(gm, id_ops.pack_ids):
+        args: Any = packed.args
+        offsets, rows, layout = args[2], args[6], args[0].meta["val"]
+        exchange = layout.exchange
+        if exchange.hosts not in (0, ctx.topology.hosts):
+            yield f"{packed.name} sends ids by way of {exchange.hosts} hosts, expected {ctx.topology.hosts}"
+        last = max(end for _, end in rows)
+        if exchange.dtype != "int64" and last > MOST_INT32:
+            yield f"{packed.name} sends ids below {last} as {exchange.dtype}, expected int64"
+        for index, starts in enumerate(offsets):
+            even = isinstance(starts, fx.Node) and starts.target is ops.even_offsets
+            if layout.is_even(index) != even or layout.jagged[index] != (starts is not None and not even):
+                yield f"{packed.name} and {starts} disagree on the bag lengths of feature {index} that travel"
 
 
 def scaled(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     ranks = ctx.topology.world_size
     averaged = {user for node in calls(gm, gradient_ops.synchronize) for user in node.users}
     for node in calls(gm, gradient_ops.scale_gradient):
-        of_weights = isinstance(node.args[0], fx.Node) and node.args[0].target is id_ops.pack_weights
+        of_weights = isinstance(node.args[0], fx.Node) and node.args[0].target is weight_ops.pack_weights
         of_towers = node.args[0] in averaged and {user.target for user in node.users} == {ex.run_towers}
         expected = float(ranks) if of_weights or of_towers else 1 / ranks
         if node.args[1] != expected:
@@ -95,8 +140,9 @@ def collectives(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
             yield f"{node.name} is waited for {len(waits)} times and has {len(node.users)} users, expected one wait"
         hops.setdefault(route, []).append(str(hop))  # type: ignore[arg-type]
     for route, found in hops.items():
-        if found != sorted(found, key=list(_HOPS).index) or len(set(found)) != len(found):
-            yield f"hops of {route.name} are in the order {found}, expected a part of {list(_HOPS)}, each once"
+        in_order = all([hop for hop in found if hop in way] == [hop for hop in way if hop in found] for way in _WAYS)
+        if not in_order or len(set(found)) != len(found):
+            yield f"hops of {route.name} are in the order {found}, expected parts of {_WAYS}, each once"
 
 
 def widths(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:

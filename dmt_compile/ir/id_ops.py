@@ -3,6 +3,10 @@
 One graph serves every rank: what differs (who owns which table, how many samples each rank has) is in the layout and in
 the step's route.
 
+Ids and bag lengths travel as int32 where every table's rows can be counted in it: half the bytes, and the lookup takes
+them as they come. An id beyond it is out of its table's range. A bag beyond it would need as many ids, which the sender
+counts (fault ``NUMBER``); the owner goes on in int64 where all ranks' ids together are more.
+
 Shape suffixes: B samples of this rank, G samples of all ranks.
 """
 
@@ -17,9 +21,10 @@ import torch
 from dmt_compile.errors import CollectiveError
 from dmt_compile.ir.ops import FreshSizes, operator, requires_grad
 from dmt_compile.kernels.batched_lookup.reference import Pooling
+from dmt_compile.plan import MOST_INT32
 from dmt_compile.runtime import world as runtime
-from dmt_compile.runtime.checks import Fault, bag_bounds, find_fault, number_of_bags, trim
-from dmt_compile.runtime.route import HEADER_FIELDS, Layout, Route, make_layout
+from dmt_compile.runtime.checks import NUMBER, Fault, bag_bounds, find_fault, number_of_bags, trim
+from dmt_compile.runtime.route import AT_ONCE, HEADER_FIELDS, IdExchange, Layout, Route, make_layout
 
 
 @dataclass(frozen=True)
@@ -40,17 +45,18 @@ def layout(
     jagged: tuple[bool, ...],
     weighted: tuple[bool, ...],
     outputs: tuple[int, ...] = (),
+    exchange: IdExchange = AT_ONCE,
 ) -> Layout:
     """Return the static layout: tower groups x ranks in a group; each feature's owner, width and what it sends.
 
-    ``outputs``: columns that each group sends to its peers where Tower Modules make them.
+    ``outputs``: columns that each group sends to its peers where Tower Modules make them. ``exchange``: how ids travel.
     """
-    return make_layout(hosts, local_ranks, owners, widths, jagged, weighted, outputs)
+    return make_layout(hosts, local_ranks, owners, widths, jagged, weighted, outputs, exchange)
 
 
 def _fake_pack_ids(sizes: FreshSizes, layout: Any, ids: Any, offsets: Any, *rest: Any) -> Any:
-    world, fields = layout.topology.world_size, len(HEADER_FIELDS) + layout.most_features
-    return ids[0].new_empty(sizes.make(), dtype=torch.int64), torch.empty(world, fields, dtype=torch.int64)
+    header = torch.empty(layout.topology.world_size, layout.header_width, dtype=torch.int64)
+    return ids[0].new_empty(sizes.make(), dtype=getattr(torch, layout.exchange.dtype)), header
 
 
 @operator(_fake_pack_ids)
@@ -70,24 +76,25 @@ def pack_ids(
     those of ``check_batch``.
 
     Returns:
-        1-D int64 payload, for each owner its features' bag lengths, then their ids; and the (ranks, fields) int64
-        header on the CPU.
+        1-D payload of the layout's type, for each owner its features' bag lengths, then their ids; and the (ranks,
+        fields) int64 header on the CPU.
     """
     execution = runtime.current()
-    fault = find_fault(ids, offsets, how, weights, others, rows, check_ids)
+    dtype = getattr(torch, layout.exchange.dtype)
+    fault = find_fault(ids, offsets, how, weights, others, rows, check_ids) or _too_many(ids, dtype)
     bags = number_of_bags(ids[0], offsets[0], how[0])
     words = (execution.fingerprint, bags, *_fault_words(fault), execution.checksum())
-    header = torch.zeros(layout.topology.world_size, len(HEADER_FIELDS) + layout.most_features, dtype=torch.int64)
+    header = torch.zeros(layout.topology.world_size, layout.header_width, dtype=torch.int64)
     header[:, : len(words)] = torch.tensor(words)
     if fault is not None:
-        return ids[0].new_empty(0, dtype=torch.int64), header
+        return ids[0].new_empty(0, dtype=dtype), header
     read = trim(ids, offsets, how)
+    counts = tuple(tuple(len(read[i]) for i in features) for features in layout.features_by_rank)
+    _announce(header, layout, execution.world.rank, bags, counts)
     pieces: list[torch.Tensor] = []
-    for rank, features in enumerate(layout.features_by_rank):
-        counts = torch.tensor([len(read[i]) for i in features], dtype=torch.int64)
-        header[rank, len(words) : len(words) + len(features)] = counts
-        pieces += [bag_bounds(read[i], offsets[i], how[i]).diff() for i in features if layout.jagged[i]]
-        pieces += [read[i].long() for i in features]
+    for features in layout.features_by_rank:
+        lengths = [bag_bounds(read[i], offsets[i], how[i]).diff() for i in features if layout.jagged[i]]
+        pieces += [_convert(piece, dtype, check_ids) for piece in (*lengths, *(read[i] for i in features))]
     return torch.cat(pieces), header
 
 
@@ -98,6 +105,39 @@ def plain_header() -> torch.Tensor:
     header[:, HEADER_FIELDS.index("fingerprint")] = execution.fingerprint
     header[:, HEADER_FIELDS.index("checksum")] = execution.checksum()
     return header
+
+
+def _too_many(ids: Sequence[torch.Tensor], dtype: torch.dtype) -> Fault | None:
+    """Return the first feature whose ids cannot be counted in the type that travels."""
+    numbers = [] if dtype == torch.int64 else [len(feature_ids) for feature_ids in ids]
+    return next((Fault(NUMBER, i, MOST_INT32, n) for i, n in enumerate(numbers) if n > MOST_INT32), None)
+
+
+def _convert(tensor: torch.Tensor, dtype: torch.dtype, checked: bool) -> torch.Tensor:
+    """Return ids or lengths in the type that travels; what nothing checked and does not fit stays out of range."""
+    if dtype == torch.int32 and tensor.dtype == torch.int64 and not checked:
+        tensor = tensor.clamp(-1, MOST_INT32)
+    return tensor.to(dtype)
+
+
+def _announce(
+    header: torch.Tensor, layout: Layout, rank: int, batch_size: int, counts: tuple[tuple[int, ...], ...]
+) -> None:
+    """Write how many ids each owner gets, and for those who forward them, how many elements to whom."""
+    first = len(HEADER_FIELDS)
+    for owner, numbers in enumerate(counts):
+        header[owner, first : first + len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+    if not layout.exchange.hosts:
+        return
+    mine = Route(layout, rank, (batch_size,) * len(counts), counts, ())
+    elements_KG = torch.tensor([mine.sent(what) for what in _FORWARDED])
+    local = layout.run_topology.local_ranks
+    for peer in layout.run_topology.peer_ranks(rank):
+        host = peer // local * local
+        header[peer, first + layout.most_features :] = elements_KG[:, host : host + local].reshape(-1)
+
+
+_FORWARDED = ("ids", "weights")
 
 
 def _fault_words(fault: Fault | None) -> tuple[int, int, int, int]:
@@ -156,6 +196,14 @@ def _fake_route(sizes: FreshSizes, layout: Any, sent: Any, received: Any, batch_
 def route(layout: Layout, sent: torch.Tensor, received: torch.Tensor, batch_size: int) -> Route:
     """Return the sizes of this step's exchanges from the headers that this rank sent and received."""
     rank, first = runtime.current().world.rank, len(HEADER_FIELDS)
+    forwarded = {}
+    if layout.exchange.hosts:
+        local = layout.run_topology.local_ranks
+        peers = received[list(layout.run_topology.peer_ranks(rank)), first + layout.most_features :]
+        forwarded = {
+            what: tuple(map(tuple, block.tolist()))
+            for what, block in zip(_FORWARDED, peers.split(local, dim=1), strict=True)
+        }
     rows: list[list[int]] = received.tolist()
     counts: list[list[int]] = sent[:, first:].tolist()
     mine = len(layout.features_by_rank[rank])
@@ -165,72 +213,70 @@ def route(layout: Layout, sent: torch.Tensor, received: torch.Tensor, batch_size
         batch_sizes=tuple(row[HEADER_FIELDS.index("batch_size")] for row in rows),
         sent_ids=tuple(tuple(row[: len(f)]) for row, f in zip(counts, layout.features_by_rank, strict=True)),
         received_ids=tuple(tuple(row[first : first + mine]) for row in rows),
+        forwarded=forwarded,
     )
+
+
+@operator(lambda sizes, received, route, what: requires_grad(received.new_empty(sizes.make()), received))
+def regroup_by_owner(received: torch.Tensor, route: Route, what: str) -> torch.Tensor:
+    """Return what came across hosts, by the rank of this host that owns it; before, by the rank that it came from.
+
+    Args:
+        received: 1-D, ``ids`` or ``weights``, of the ranks with this local rank.
+        route: of the step.
+        what: which of the two.
+    """
+    forwarded = route.forwarded[what]
+    pieces = received.split([size for by_owner in forwarded for size in by_owner])
+    local = len(forwarded[0])
+    return torch.cat([piece for owner in range(local) for piece in pieces[owner::local]])
 
 
 def _fake_unpack_ids(sizes: FreshSizes, received: Any, route: Any) -> Any:
     out: list[Any] = []
-    for jagged in route.layout.jagged:
-        ids = received.new_empty(sizes.make() if jagged else route.global_batch_size)
-        out += [ids, received.new_empty(route.global_batch_size) if jagged else None]
+    for feature, jagged in enumerate(route.layout.jagged):
+        several = jagged or route.layout.is_even(feature)
+        ids = received.new_empty(sizes.make() if several else route.global_batch_size)
+        out += [ids, received.new_empty(route.global_batch_size) if several else None]
     return tuple(out)
 
 
 @operator(_fake_unpack_ids)
 def unpack_ids(received: torch.Tensor, route: Route) -> tuple[torch.Tensor | None, ...]:
-    """Return (ids, offsets) of every feature over the samples of all ranks, in rank order.
+    """Return (ids, offsets) of every feature over the samples of all ranks, in the layout's ``sample_order``.
 
     Returns:
-        2F entries: ids (N,) and offsets (G,) int64 of each feature, ``None`` for offsets where each bag has one id;
-        ``None`` twice where another rank owns it.
+        2F entries: ids (N,) and offsets (G,) of each feature, in the type that travelled, ``None`` for offsets where
+        each bag has one id; ``None`` twice where another rank owns it.
     """
     layout = route.layout
     features = layout.features_by_rank[route.rank]
     jagged = [feature for feature in features if layout.jagged[feature]]
     sizes = [
         size
-        for batch_size, counts in zip(route.batch_sizes, route.received_ids, strict=True)
-        for size in (*(batch_size for _ in jagged), *counts)
+        for rank in layout.arrival_order
+        for size in (*(route.batch_sizes[rank] for _ in jagged), *route.received_ids[rank])
     ]
-    pieces = received.split(sizes)
-    step = len(jagged) + len(features)
+    by_rank = layout.in_sample_order(received.split(sizes))
     out: list[torch.Tensor | None] = [None] * (2 * len(layout.owners))
     for position, feature in enumerate(features):
-        out[2 * feature] = torch.cat(pieces[len(jagged) + position :: step])
-    for position, feature in enumerate(jagged):
-        lengths_G = torch.cat(pieces[position::step])
-        out[2 * feature + 1] = lengths_G.cumsum(0) - lengths_G
+        ids = torch.cat([pieces[len(jagged) + position] for pieces in by_rank])
+        ids = ids.long() if len(ids) > MOST_INT32 else ids
+        out[2 * feature] = ids
+        if layout.jagged[feature]:
+            lengths_G = torch.cat([pieces[jagged.index(feature)] for pieces in by_rank])
+            out[2 * feature + 1] = lengths_G.cumsum(0, dtype=ids.dtype) - lengths_G
+        elif layout.is_even(feature):
+            out[2 * feature + 1] = _even_offsets(route, position, ids)
     return tuple(out)
 
 
-@operator(lambda sizes, weights, offsets, how, route: requires_grad(weights[0].new_empty(sizes.make()), *weights))
-def pack_weights(
-    weights: Sequence[torch.Tensor], offsets: Sequence[torch.Tensor], how: tuple[Pooling, ...], route: Route
-) -> torch.Tensor:
-    """Return the weights of this rank's ids, by owner, 1-D; ``weights``: of the weighted features, in order."""
-    layout = route.layout
-    ordered = [feature for feature, weighted in enumerate(layout.weighted) if weighted]
-    read = dict(zip(ordered, trim(weights, offsets, how), strict=True))
-    return torch.cat([read[i] for features in layout.features_by_rank for i in features if i in read])
-
-
-@operator(
-    lambda sizes, received, route: tuple(
-        requires_grad(received.new_empty(sizes.make()), received) if weighted else None
-        for weighted in route.layout.weighted
-    )
-)
-def unpack_weights(received: torch.Tensor, route: Route) -> tuple[torch.Tensor | None, ...]:
-    """Return each feature's weights over the samples of all ranks, ``None`` without weights.
-
-    Where another rank owns the table they are empty, but still a part of the backward pass, in which all ranks exchange
-    gradients.
-    """
-    layout = route.layout
-    features = [feature for feature in layout.features_by_rank[route.rank] if layout.weighted[feature]]
-    sizes = [size for counts in route.received_ids for size in route.weights_of(route.rank, counts)]
-    pieces = received.split(sizes)
-    out = [received[:0] if weighted else None for weighted in layout.weighted]
-    for position, feature in enumerate(features):
-        out[feature] = torch.cat(pieces[position :: len(features)])
-    return tuple(out)
+def _even_offsets(route: Route, position: int, ids: torch.Tensor) -> torch.Tensor:
+    """Return where the bags of a feature start, (G,): those of one rank have the same number of ids."""
+    starts, first = [], 0
+    for rank in route.layout.sample_order:
+        bags, number = route.batch_sizes[rank], route.received_ids[rank][position]
+        length = number // max(bags, 1)
+        starts.append(torch.arange(bags, dtype=ids.dtype, device=ids.device) * length + first)
+        first += number
+    return torch.cat(starts)

@@ -73,6 +73,12 @@ RULES: tuple[Rule, ...] = (
         "With several ranks, lookups read the samples of all of them.",
         exchange.exchanged,
     ),
+    Rule(
+        "delivered",
+        Stage.DISTRIBUTED,
+        "Ids and weights reach the owners in the layout's exchanges, wide enough, with the lengths that travel.",
+        exchange.delivered,
+    ),
     Rule("steps", Stage.DISTRIBUTED, "Features come through SPTT's steps in order, on one route.", exchange.steps),
     Rule(
         "scaled",

@@ -10,7 +10,7 @@ import torch
 from dmt_compile.errors import BatchError
 from dmt_compile.kernels.batched_lookup.reference import Pooling
 
-ID_RANGE, OFFSETS, BATCH_SIZE, WEIGHTS = 1, 2, 3, 4
+ID_RANGE, OFFSETS, BATCH_SIZE, WEIGHTS, NUMBER = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Fault:
             return BatchError(
                 f"check_batch: expected one weight for each of {self.position} ids of table {name}, found "
                 f"{self.value}{where}; nothing was updated"
+            )
+        if self.kind == NUMBER:
+            return BatchError(
+                f"check_batch: expected at most {self.position} ids of table {name} in one batch, found {self.value}"
+                f"{where}; nothing was updated, split the batch"
             )
         return BatchError(
             f"check_batch: expected {self.position} samples in every input, found {self.value} in {name}{where}; "

@@ -1,17 +1,46 @@
 """Sizes of one step's exchanges: a static layout (who owns what) and a per-step route (how much goes where).
 
+Ids reach their owners in one exchange among all ranks, or in two: across hosts, to the rank with the sender's local
+rank on the owner's host (``ids_across``), which forwards them inside its host (``ids_host``). So do their weights.
+
 Shape suffixes: S source ranks, B samples of one rank, W columns.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import NamedTuple, TypeVar
 
 from dmt_compile.topology import Topology
 
-# What every rank tells every other one before a step's first exchange; the id counts per feature follow.
+T = TypeVar("T")
+
+# What every rank tells every other one before a step's first exchange; the id counts per feature follow, then what the
+# receiver forwards inside its host: for each of its ranks the elements of ids, then of weights.
 HEADER_FIELDS = ("fingerprint", "batch_size", "fault", "feature", "position", "value", "checksum")
+# The hops of ids, or of their weights, at once or by way of hosts: what each adds to the name, and its group.
+ID_HOPS = {False: (("", "world"),), True: (("_across", "across"), ("_host", "host"))}
+
+
+class IdExchange(NamedTuple):
+    """How ids reach their owners.
+
+    Args:
+        dtype: element type of ids and bag lengths on the wire.
+        hosts: hosts of the run where ids go across hosts first and then inside them; 0 where all ranks exchange them at
+            once.
+        even: per feature, all bags of one rank's batch have the same number of ids, which its header tells; empty for
+            none.
+    """
+
+    dtype: str = "int64"
+    hosts: int = 0
+    even: tuple[bool, ...] = ()
+
+
+AT_ONCE = IdExchange()
 
 
 @dataclass(frozen=True)
@@ -22,9 +51,10 @@ class Layout:
         topology: tower groups x ranks in a group (hosts x local ranks where a tower is one host).
         owners: global rank of each feature's table, in feature order.
         widths: columns of each feature, in feature order.
-        jagged: per feature, bag lengths travel with the ids; the others have one id a bag.
+        jagged: per feature, bag lengths travel with the ids; the others have one id a bag, or are even.
         weighted: per feature, each id has a weight.
         outputs: columns that each tower group sends to its peers; empty where it sends its features as they are.
+        exchange: how ids reach their owners.
     """
 
     topology: Topology
@@ -33,6 +63,39 @@ class Layout:
     jagged: tuple[bool, ...]
     weighted: tuple[bool, ...]
     outputs: tuple[int, ...] = ()
+    exchange: IdExchange = AT_ONCE
+
+    @cached_property
+    def run_topology(self) -> Topology:
+        """Hosts x local ranks of the run where ids go by way of hosts; otherwise one host."""
+        hosts = self.exchange.hosts or 1
+        return Topology(hosts, self.topology.world_size // hosts)
+
+    @cached_property
+    def sample_order(self) -> tuple[int, ...]:
+        """The ranks in the order in which owners look up their samples; in two exchanges this is peer order."""
+        return self.topology.peer_order() if self.exchange.hosts else tuple(range(self.topology.world_size))
+
+    @cached_property
+    def arrival_order(self) -> tuple[int, ...]:
+        """The ranks in the order in which an owner receives their ids."""
+        return self.run_topology.peer_order() if self.exchange.hosts else tuple(range(self.topology.world_size))
+
+    @cached_property
+    def header_width(self) -> int:
+        """Numbers that every rank tells every other one."""
+        forwarded = 2 * self.run_topology.local_ranks if self.exchange.hosts else 0
+        return len(HEADER_FIELDS) + self.most_features + forwarded
+
+    def is_even(self, feature: int) -> bool:
+        """Tell whether all bags of one rank's batch have the same number of ids."""
+        return bool(self.exchange.even) and self.exchange.even[feature]
+
+    def in_sample_order(self, pieces: Sequence[T]) -> list[Sequence[T]]:
+        """Return the pieces of what an owner received rank by rank, those of each rank, in the order of its samples."""
+        each = len(pieces) // len(self.arrival_order)
+        of_rank = {rank: pieces[each * i : each * (i + 1)] for i, rank in enumerate(self.arrival_order)}
+        return [of_rank[rank] for rank in self.sample_order]
 
     @cached_property
     def features_by_rank(self) -> tuple[tuple[int, ...], ...]:
@@ -82,9 +145,10 @@ def make_layout(
     jagged: tuple[bool, ...],
     weighted: tuple[bool, ...],
     outputs: tuple[int, ...] = (),
+    exchange: IdExchange = AT_ONCE,
 ) -> Layout:
     """Return the layout of these owners; the same object for the same arguments."""
-    return Layout(Topology(hosts, local_ranks), owners, widths, jagged, weighted, outputs)
+    return Layout(Topology(hosts, local_ranks), owners, widths, jagged, weighted, outputs, exchange)
 
 
 @dataclass(frozen=True)
@@ -97,6 +161,8 @@ class Route:
         batch_sizes: samples of every rank.
         sent_ids: for each rank, the ids of each of its features that this rank sends.
         received_ids: for each source rank, the ids of each of this rank's features.
+        forwarded: of ``ids`` and of ``weights``, for each rank with this local rank the elements that it sends to each
+            rank of this host by way of this rank; empty where ids go to their owners at once.
     """
 
     layout: Layout
@@ -104,6 +170,7 @@ class Route:
     batch_sizes: tuple[int, ...]
     sent_ids: tuple[tuple[int, ...], ...]
     received_ids: tuple[tuple[int, ...], ...]
+    forwarded: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     @property
     def batch_size(self) -> int:
@@ -129,18 +196,14 @@ class Route:
         """Return (rows, columns) of the blocks of a hop, to send and to receive, in the order of its group's ranks.
 
         ``ids``: all ranks; bag lengths, then ids. ``weights``: all ranks; the weights of the ids that have some.
-        ``intra``: the ranks of this tower group. ``peer``: the ranks with this local rank in every group.
+        ``ids_across``, ``weights_across``: of the same, the ranks with this local rank on every host. ``ids_host``,
+        ``weights_host``: those of this host. ``intra``: those of this tower group. ``peer``: those with this place in
+        every tower group.
         """
         layout, topology = self.layout, self.layout.topology
-        if hop == "ids":
-            jagged = layout.jagged_by_rank
-            send = [jagged[r] * self.batch_size + sum(counts) for r, counts in enumerate(self.sent_ids)]
-            sizes = zip(self.batch_sizes, self.received_ids, strict=True)
-            receive = [jagged[self.rank] * batch_size + sum(counts) for batch_size, counts in sizes]
-            return [(size, 1) for size in send], [(size, 1) for size in receive]
-        if hop == "weights":
-            send = [sum(self.weights_of(r, counts)) for r, counts in enumerate(self.sent_ids)]
-            receive = [sum(self.weights_of(self.rank, counts)) for counts in self.received_ids]
+        what, _, step = hop.partition("_")
+        if what in ("ids", "weights"):
+            send, receive = self._sizes_to_owners(what, step)
             return [(size, 1) for size in send], [(size, 1) for size in receive]
         if hop == "intra":
             width, rows = layout.rank_widths[self.rank], self.peer_rows(self.rank % topology.local_ranks)
@@ -153,6 +216,32 @@ class Route:
             [(self.batch_sizes[r], width) for r in topology.peer_ranks(self.rank)],
             [(self.batch_size, layout.group_width(group)) for group in range(topology.hosts)],
         )
+
+    def _sizes_to_owners(self, what: str, step: str) -> tuple[list[int], list[int]]:
+        if step == "across":
+            local = self.layout.run_topology.local_ranks
+            sent = self.sent(what)
+            send = [sum(sent[first : first + local]) for first in range(0, len(sent), local)]
+            return send, [sum(by_rank) for by_rank in self.forwarded[what]]
+        received = [self.block(what, self.rank, size, counts) for size, counts in self._announced()]
+        if step == "host":
+            local = self.layout.run_topology.local_ranks
+            receive = [sum(received[position::local]) for position in range(local)]
+            return [sum(to_rank) for to_rank in zip(*self.forwarded[what], strict=True)], receive
+        return self.sent(what), received
+
+    def _announced(self) -> zip[tuple[int, tuple[int, ...]]]:
+        return zip(self.batch_sizes, self.received_ids, strict=True)
+
+    def sent(self, what: str) -> list[int]:
+        """Return the elements of ``ids`` or ``weights`` that this rank has for each owner."""
+        return [self.block(what, owner, self.batch_size, counts) for owner, counts in enumerate(self.sent_ids)]
+
+    def block(self, what: str, owner: int, batch_size: int, counts: tuple[int, ...]) -> int:
+        """Return the elements that one rank has for ``owner``, given its samples and ids."""
+        if what == "weights":
+            return sum(self.weights_of(owner, counts))
+        return self.layout.jagged_by_rank[owner] * batch_size + sum(counts)
 
     def weights_of(self, owner: int, counts: tuple[int, ...]) -> list[int]:
         """Return the ids of each weighted feature of ``owner``, given those of all its features."""

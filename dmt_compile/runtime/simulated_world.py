@@ -264,7 +264,13 @@ class _Transfer:
     ) -> None:
         ranks = range(topology.world_size)
         grouped = routes[0].layout.topology
-        members = {"world": lambda r: tuple(ranks), "intra": grouped.intra_ranks, "peer": grouped.peer_ranks}[group]
+        members = {
+            "world": lambda r: tuple(ranks),
+            "intra": grouped.intra_ranks,
+            "peer": grouped.peer_ranks,
+            "host": topology.intra_ranks,
+            "across": topology.peer_ranks,
+        }[group]
         self.members = [members(rank) for rank in ranks]
         self.blocks = [route.blocks(hop) for route in routes]
         self.topology, self.hop, self.forms, self.ledger = topology, hop, forms, ledger

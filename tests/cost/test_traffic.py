@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 import dmt_compile
 from dmt_compile import SimulatedWorld
+from dmt_compile.cost.id_exchange import id_exchange_of
 from dmt_compile.cost.traffic import Hop, bytes_per_link, embedding_traffic, message_counts
 from dmt_compile.errors import PlanError
 from dmt_compile.partition.assign import make_plan
@@ -41,7 +43,9 @@ def random_plan(seed: int, number: int, hosts: int, local_ranks: int, towers: in
     return make_plan(tables, Topology(hosts, local_ranks), towers=towers)
 
 
-def enumerate_transfers(plan: TowerPlan, batch_sizes: list[int]) -> dict[str, dict[str, int]]:
+def enumerate_transfers(
+    plan: TowerPlan, batch_sizes: list[int], id_exchange: str = "global"
+) -> dict[str, dict[str, int]]:
     """Carry every sample's ids and pooled rows from rank to rank, one by one, and add up what crosses a link."""
     topology = plan.topology
     members = {host: sorted(t.hosts) for t in plan.towers for host in t.hosts}
@@ -59,14 +63,20 @@ def enumerate_transfers(plan: TowerPlan, batch_sizes: list[int]) -> dict[str, di
     def position(rank: int) -> int:
         return ranks_of_group[topology.host_of(rank)].index(rank)
 
+    def send_id(rank: int, owner: int, sent: int) -> None:
+        send(("flat",), rank, owner, sent)
+        on_owners_host = topology.host_of(owner) * topology.local_ranks + rank % topology.local_ranks
+        for path in pairwise((rank, on_owners_host, owner) if id_exchange == "hierarchical" else (rank, owner)):
+            send(("sptt",), *path, sent)
+
     for table in plan.tables:
         owner = plan.owner(table.name)
         for rank, batch_size in enumerate(batch_sizes):
             for _ in range(batch_size):
                 for _ in range(table.features * int(table.bags)):
-                    send(("flat", "sptt"), rank, owner, 8 * int(table.jagged))  # how many ids
+                    send_id(rank, owner, 4 * int(table.jagged))  # how many ids
                     for _ in range(int(table.pooling)):
-                        send(("flat", "sptt"), rank, owner, 8 + int(table.weighted) * table.element_bytes)
+                        send_id(rank, owner, 4 + int(table.weighted) * table.element_bytes)
                 row = table.features * int(table.bags) * table.dim * table.element_bytes
                 send(("flat",), owner, rank, row)
                 send(("flat",), rank, owner, row)
@@ -91,6 +101,9 @@ def test_bytes_equal_an_enumeration_of_all_transfers(
     batch_sizes = data.draw(st.lists(st.integers(0, 4), min_size=ranks, max_size=ranks))
     assert embedding_traffic(plan, batch_sizes).bytes_per_link() == enumerate_transfers(plan, batch_sizes)
     assert bytes_per_link(plan, 3) == enumerate_transfers(plan, [3] * ranks)
+    by_hosts = embedding_traffic(plan, batch_sizes, id_exchange="hierarchical").bytes_per_link()
+    assert by_hosts == enumerate_transfers(plan, batch_sizes, "hierarchical")
+    assert by_hosts["sptt"]["cross"] == enumerate_transfers(plan, batch_sizes)["sptt"]["cross"]  # each id crosses once
 
 
 @pytest.mark.parametrize(("hosts", "local_ranks"), [(2, 2), (4, 8), (8, 2), (3, 4)])
@@ -157,24 +170,43 @@ def test_the_busiest_rank_is_the_owner_forward_and_the_largest_batch_backward() 
 def test_counted_ids_replace_the_mean_pooling() -> None:
     plan = make_plan([TableSpec("emb.0", 10, 4, features=2, pooling=100.0)], Topology(1, 2))
     ids = embedding_traffic(plan, [3, 5], id_counts={"emb.0": [7, 11]}).flat[0]
-    assert (ids.intra_bytes, ids.cross_bytes) == (8 * 11 + 8 * 2 * 5, 0)
+    assert (ids.intra_bytes, ids.cross_bytes) == (4 * 11 + 4 * 2 * 5, 0)
 
 
 def test_counted_ids_come_with_the_lengths_of_jagged_bags_alone_and_with_weights() -> None:
     one = TableSpec("emb.0", 10, 4, features=2, bags=3.0, jagged=0.0)
     plan = make_plan([one], Topology(1, 2))
-    assert embedding_traffic(plan, [3, 5], id_counts={"emb.0": [18, 30]}).flat[0].intra_bytes == 8 * 30
+    assert embedding_traffic(plan, [3, 5], id_counts={"emb.0": [18, 30]}).flat[0].intra_bytes == 4 * 30
     weighted = TableSpec("emb.0", 10, 4, pooling=2.0, weighted=1.0)
     plan = make_plan([weighted], Topology(1, 2))
-    assert embedding_traffic(plan, [3, 5], id_counts={"emb.0": [7, 11]}).flat[0].intra_bytes == 8 * (11 + 5) + 4 * 11
+    assert embedding_traffic(plan, [3, 5], id_counts={"emb.0": [7, 11]}).flat[0].intra_bytes == 4 * (11 + 5) + 4 * 11
 
 
 def test_a_table_s_bags_lengths_and_weights() -> None:
     spec = TableSpec("emb.0", 10, 4, "bfloat16", features=2, pooling=3.0, bags=5.0, jagged=0.5, weighted=1.0)
     assert spec.output_bytes_per_sample == 2 * 5 * 4 * 2
-    assert spec.id_bytes_per_sample == 2 * 5 * (8 * 3 + 8 * 0.5 + 2 * 3)
+    assert spec.id_bytes_per_sample == 2 * 5 * (4 * 3 + 4 * 0.5 + 2 * 3)
     plain = TableSpec("emb.0", 10, 4)
-    assert (plain.output_bytes_per_sample, plain.id_bytes_per_sample) == (16, 16)
+    assert (plain.output_bytes_per_sample, plain.id_bytes_per_sample) == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "expected"),
+    [
+        ("emb", 2**31 - 1, 4),
+        ("emb", 2**31, 8),
+        ("emb[2147483640:2147483648]", 8, 8),
+        ("emb[7:2147483647]", 2**31 - 8, 4),
+    ],
+)
+def test_ids_are_as_wide_as_the_rows_of_their_table_s_parameter_ask(name: str, rows: int, expected: int) -> None:
+    table = TableSpec(name, rows, 4)
+    assert table.id_bytes == expected
+    assert table.id_bytes_per_sample == 2 * expected
+    plan = make_plan([table, TableSpec("small", 5, 4)], Topology(1, 2))
+    assert plan.id_bytes == expected  # one type for all
+    [ids] = [hop for hop in embedding_traffic(plan, [1, 1]).sptt if hop.name == "ids"]
+    assert ids.intra_bytes == 2 * 2 * expected
 
 
 class Lookups(nn.Module):
@@ -203,8 +235,9 @@ def lookups_batch(samples: int, generator: torch.Generator) -> tuple[torch.Tenso
     return draw(11, 3), torch.rand(samples, 3, generator=generator), draw(5), draw(9, 4), draw(8, 2)
 
 
+@pytest.mark.parametrize("id_exchange", ["global", "hierarchical"])
 @pytest.mark.parametrize(("topology", "towers"), [("2x2", 2), ("1x3", 1), ("2x2", 1)])
-def test_the_model_of_traffic_is_what_the_program_sends(topology: str, towers: int) -> None:
+def test_the_model_of_traffic_is_what_the_program_sends(topology: str, towers: int, id_exchange: str) -> None:
     torch.manual_seed(0)
     model, world = Lookups(), SimulatedWorld(topology)
     generator = torch.Generator().manual_seed(0)
@@ -213,24 +246,28 @@ def test_the_model_of_traffic_is_what_the_program_sends(topology: str, towers: i
     plan = dmt_compile.plan(model, batches[0], topology, towers=towers)
     specs = {table.name: (table.pooling, table.bags, table.jagged, table.weighted) for table in plan.tables}
     assert specs == {
-        "weighted": (3.0, 1.0, 1.0, 1.0),
-        "plain": (3.0, 1.0, 1.0, 0.0),
+        "weighted": (3.0, 1.0, 0.0, 1.0),
+        "plain": (3.0, 1.0, 0.0, 0.0),
         "one": (1.0, 1.0, 0.0, 0.0),
-        "pooled": (4.0, 1.0, 1.0, 0.0),
+        "pooled": (4.0, 1.0, 0.0, 0.0),
         "unpooled": (1.0, 2.0, 0.0, 0.0),
     }
-    outputs = world.run(model, batches, dense_compiler="eager", plan=plan)
+    outputs = world.run(model, batches, dense_compiler="eager", plan=plan, id_exchange=id_exchange)
     sum(output.sum() for output in outputs).backward()
     sent: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: {"intra": 0, "cross": 0})
     hops = {"ids": "ids", "weights": "ids", "intra": "in-host embeddings", "peer": "peer embeddings"}
+    hops |= {f"{what}_across": "ids across hosts" for what in ("ids", "weights")}
+    hops |= {f"{what}_host": "ids in hosts" for what in ("ids", "weights")}
     for (collective, direction, link), sent_bytes in world.ledger.records.items():
         if collective in hops:
             sent[hops[collective], direction][link] += sent_bytes
-    expected = {(hop.name, hop.direction): hop for hop in embedding_traffic(plan, sizes).sptt}
+    way = id_exchange_of(id_exchange, plan)
+    expected = {(hop.name, hop.direction): hop for hop in embedding_traffic(plan, sizes, id_exchange=way).sptt}
     assert sent.keys() <= expected.keys()
+    assert any(name == "ids across hosts" for name, _ in sent) == (way == "hierarchical")
     for key, hop in expected.items():
         assert sent[key] == {"intra": hop.intra_bytes, "cross": hop.cross_bytes}, key
-    assert sum(sent["ids", "forward"].values()) > 0
+    assert sum(sum(links.values()) for (name, _), links in sent.items() if name.startswith("ids")) > 0
 
 
 @pytest.mark.parametrize(
@@ -266,7 +303,7 @@ def test_tower_modules_send_what_the_plan_says(topology: str, options: dict[str,
 
 def test_fractional_pooling_rounds_to_whole_bytes() -> None:
     plan = make_plan([TableSpec("emb.0", 10, 4, pooling=1.3)], Topology(1, 2))
-    assert embedding_traffic(plan, [1, 1]).flat[0].intra_bytes == 18
+    assert embedding_traffic(plan, [1, 1]).flat[0].intra_bytes == 9
 
 
 def test_split_tables_are_refused() -> None:

@@ -31,7 +31,29 @@ LONGEST_SUM = 64  # ids of one row in a global batch, and the widest layer
 def test_training_equals_the_flat_model(
     kind: str, sparse: bool, topology: str, built_after: bool, clip: float | None
 ) -> None:
-    results = values(run_ranks(scenarios.train, 4, kind, sparse, topology, built_after, clip))
+    check_training(kind, sparse, topology, built_after, clip)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sparse", "topology", "options"),
+    [
+        ("adagrad", False, "2x2", {}),
+        ("sparse_adam", True, "2x2", {"towers": 1}),
+        ("sgd", True, "4x1", {}),
+        ("adam", False, "2x2", {"towers": 4}),
+    ],
+)
+def test_training_with_ids_by_way_of_hosts_equals_the_flat_model(
+    kind: str, sparse: bool, topology: str, options: dict[str, Any]
+) -> None:
+    check_training(kind, sparse, topology, False, None, id_exchange="hierarchical", **options)
+
+
+def check_training(
+    kind: str, sparse: bool, topology: str, built_after: bool, clip: float | None, **options: Any
+) -> None:
+    step = partial(scenarios.train, **options)
+    results = values(run_ranks(step, 4, kind, sparse, topology, built_after, clip))
     for result in results:
         assert result["output"] <= FORWARD[torch.float32] * LONGEST_SUM**0.5
         for name in ("gradient", "norm", "weights"):
@@ -42,9 +64,10 @@ def test_training_equals_the_flat_model(
     assert [result["state"] for result in results] == [per_element * elements for elements in owned]
 
 
-@pytest.mark.parametrize(("topology", "built_after"), [("2x2", False)])
-def test_lookups_of_every_kind_train_as_the_flat_model_s(topology: str, built_after: bool) -> None:
-    results = values(run_ranks(scenarios.train_every_lookup, 4, topology, built_after))
+@pytest.mark.parametrize("id_exchange", ["global", "hierarchical"])
+def test_lookups_of_every_kind_train_as_the_flat_model_s(id_exchange: str) -> None:
+    step = partial(scenarios.train_every_lookup, id_exchange=id_exchange)
+    results = values(run_ranks(step, 4, "2x2", False))
     for result in results:
         assert result["output"] <= FORWARD[torch.float32] * LONGEST_SUM**0.5
         assert result["evaluation"] <= FORWARD[torch.float32] * LONGEST_SUM**0.5

@@ -13,7 +13,8 @@ from torch import nn
 
 from dmt_compile import SimulatedWorld
 from dmt_compile.certification import GRADIENT_PASSES
-from dmt_compile.ir.pass_base import PassReport, placeholders
+from dmt_compile.ir import id_ops
+from dmt_compile.ir.pass_base import PassReport, calls, placeholders
 from dmt_compile.ir.stages import Effect
 from dmt_compile.pipeline import passes_in_order
 from dmt_compile.runtime.simulated_world import _LockstepProgram
@@ -72,13 +73,15 @@ def check(case: Case, tally: Tally) -> None:
     for number, world in enumerate(case.worlds):
         lowered = captured.on(str(world.topology), **world.options)
         claim = check_passes(lowered, model, names, world, tally)
+        layouts = [node.meta["val"] for node in calls(lowered.gm, id_ops.layout)]
+        order = layouts[0].sample_order if layouts else range(world.topology.world_size)
         if number:  # the graph that the passes left; tracing takes longest, so one capture serves several worlds
-            check_pipeline(case, model, world, partial(run, lowered, names, world), claim, tally)
+            check_pipeline(case, model, world, partial(run, lowered, names, world), order, claim, tally)
             model.load_state_dict(initial)
         else:  # as a user would
             fresh, simulated = case.spec.build(), SimulatedWorld(world.topology)
             step = partial(simulated.run, fresh, dense_compiler="eager", **world.options)
-            check_pipeline(case, fresh, world, step, claim, tally)
+            check_pipeline(case, fresh, world, step, order, claim, tally)
 
 
 # --------------------------------------------------------------------------------------------------------- a pass alone
@@ -148,15 +151,17 @@ def gradients_of(model: Flat, outputs: Outputs, seed: int) -> Gradients:
 # --------------------------------------------------------------------------------------------------- the whole pipeline
 
 
-def check_pipeline(case: Case, model: Flat, world: World, run_all: RunAll, claim: Effect, tally: Tally) -> None:
+def check_pipeline(
+    case: Case, model: Flat, world: World, run_all: RunAll, order: Sequence[int], claim: Effect, tally: Tally
+) -> None:
     """Compare the compiled model with the flat one: outputs, gradients, and weights after some steps.
 
-    ``run_all`` runs ``model`` on a batch of every rank.
+    ``run_all`` runs ``model`` on a batch of every rank; ``order`` is that of the ranks' samples in a lookup.
     """
     model.zero_grad()
     flat, ranks = copy.deepcopy(model), world.topology.world_size
     if claim is Effect.EXACT:
-        check_table_gradients(case.spec, model, flat, world, run_all, tally)
+        check_table_gradients(case.spec, model, flat, world, run_all, order, tally)
     optimizers = [optimizers_of(case.optimizer, bare) for bare in (model, flat)]
     for step in range(STEPS):
         batches = world.batches(case.spec, step)
@@ -208,15 +213,21 @@ def optimizers_of(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
     return [torch.optim.Adam(dense, 0.01, eps=1e-2), *lazy]
 
 
-def check_table_gradients(spec: Spec, model: Flat, flat: Flat, world: World, run_all: RunAll, tally: Tally) -> None:
-    """Compare bitwise what an owner's table gets for the same incoming gradient: the samples are in the same order."""
+def check_table_gradients(
+    spec: Spec, model: Flat, flat: Flat, world: World, run_all: RunAll, order: Sequence[int], tally: Tally
+) -> None:
+    """Compare bitwise what an owner's table gets for the same incoming gradient.
+
+    The flat model sees the samples in the order in which owners do: that of the ranks, or peer order.
+    """
     ranks, generator = world.topology.world_size, torch.Generator().manual_seed(world.seed)
     batches = world.batches(spec, 0)
-    pooled = [out[0] for out in run_all(batches)]
-    expected = flat(concatenate(spec, batches))[0]
+    outputs = run_all(batches)
+    pooled = [outputs[rank][0] for rank in order]
+    expected = flat(concatenate(spec, [batches[rank] for rank in order]))[0]
     weights = torch.randint(-8, 9, expected.shape, generator=generator).float()
     if expected.requires_grad:
-        parts = weights.split(list(world.sizes[0]))
+        parts = weights.split([world.sizes[0][rank] for rank in order])
         torch.stack([(p * w).sum() for p, w in zip(pooled, parts, strict=True)]).sum().backward()
         (expected * (weights * (1 / ranks))).sum().backward()
     for index, (mine, theirs) in enumerate(zip(model.emb, flat.emb, strict=True)):

@@ -78,7 +78,7 @@ def specs(draw: st.DrawFn) -> Spec:
 
 @st.composite
 def worlds(draw: st.DrawFn, spec: Spec) -> World:
-    """A topology of 1x1 to 4x4, a plan for the model's tables, and batches that may be empty."""
+    """A topology of 1x1 to 4x4, a plan for the model's tables, a way for ids, and batches that may be empty."""
     topology = Topology(draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     towers = draw(st.sampled_from([n for n in range(1, 9) if n % topology.hosts == 0 or topology.hosts % n == 0]))
     partition = draw(st.sampled_from(["balanced", "strided", "explicit"]))
@@ -89,6 +89,7 @@ def worlds(draw: st.DrawFn, spec: Spec) -> World:
         options = {"partition": [[f"emb.{i}" for i, k in enumerate(of_table) if k == tower] for tower in range(towers)]}
     elif partition == "explicit":
         options["partition"] = "strided"  # the names of split field tables are the compiler's
+    options["id_exchange"] = draw(st.sampled_from(["auto", "global", "hierarchical"]))
     ranks = topology.world_size
     sizes = tuple(
         tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3, 5]), min_size=ranks, max_size=ranks))) for _ in range(STEPS)

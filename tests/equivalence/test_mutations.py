@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import fx, nn
 from dmt_compile import SimulatedWorld, Topology, torch_internals
 from dmt_compile.errors import DmtError
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import gradient_ops, id_ops, ops
+from dmt_compile.ir import gradient_ops, id_ops, ops, weight_ops
 from dmt_compile.ir.pass_base import PassContext
 from dmt_compile.kernels.batched_lookup import op as kernel
 from dmt_compile.kernels.batched_lookup.reference import Pooling
@@ -51,6 +51,7 @@ class Case:
     steps: Steps
     verdict: str = "equal"
     topology: str = "2x2"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 CASES: dict[str, Callable[[], Case]] = {}
@@ -78,6 +79,16 @@ def bags() -> Case:
 
 
 @case
+def bags_by_way_of_hosts() -> Case:
+    return replace(bags(), options={"id_exchange": "hierarchical"})
+
+
+@case
+def weighted_bags_by_way_of_hosts() -> Case:
+    return replace(weighted_bags(), options={"id_exchange": "hierarchical"})
+
+
+@case
 def one_rank() -> Case:
     found = of_spec([Table(9, 3)] * 3, [Feature(i) for i in range(3)])
     return replace(found, steps=[found.steps[0][:1]], topology="1x1")
@@ -86,6 +97,11 @@ def one_rank() -> Case:
 @case
 def fixed_bags() -> Case:
     return of_spec([Table(7, 3), Table(9, 3)], [Feature(0, "fixed bag", length=3), Feature(1, "fixed bag")])
+
+
+@case
+def fixed_bags_of_one_rank() -> Case:
+    return replace(fixed_bags(), steps=[fixed_bags().steps[0][:1]], topology="1x1")
 
 
 @case
@@ -246,7 +262,8 @@ def verdict(name: str) -> str:
     model, flat, world = it.model, copy.deepcopy(it.model), SimulatedWorld(it.topology)
     for batches in it.steps:
         try:
-            outputs = world.run(model, copy.deepcopy(batches), dense_compiler="eager", partition="strided")
+            options = {"dense_compiler": "eager", "partition": "strided", **it.options}
+            outputs = world.run(model, copy.deepcopy(batches), **options)
         except (DmtError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
         try:
@@ -352,6 +369,37 @@ def bags_are_one_id_longer_than_they_are(patch: Patch) -> None:
     swap(patch, id_ops, "unpack_ids", with_list(id_ops.unpack_ids, late))
 
 
+@mutation("fixed_bags", "output 0 differs")
+def even_bags_that_arrive_are_one_id_long(patch: Patch) -> None:
+    patch.setattr(id_ops, "_even_offsets", lambda route, position, ids: torch.arange(
+        route.global_batch_size, dtype=ids.dtype))  # fmt: skip
+
+
+@mutation("bags_by_way_of_hosts", "RuntimeError: |output 0 differs")
+def forwarded_ids_stay_in_the_order_they_came(patch: Patch) -> None:
+    swap(patch, id_ops, "regroup_by_owner", lambda received, route, what: received.clone())
+
+
+@mutation("bags_by_way_of_hosts", "output 0 differs")
+def samples_are_looked_up_in_the_order_of_ranks(patch: Patch) -> None:
+    patch.setattr(route.Layout, "sample_order", property(lambda self: tuple(range(self.topology.world_size))))
+
+
+@mutation("bags_by_way_of_hosts", "RuntimeError: |output 0 differs")
+def ids_are_taken_in_the_order_of_ranks(patch: Patch) -> None:
+    patch.setattr(route.Layout, "arrival_order", property(lambda self: tuple(range(self.topology.world_size))))
+
+
+@mutation("weighted_bags_by_way_of_hosts", "output 0 differs")
+def forwarded_weights_are_split_like_ids(patch: Patch) -> None:
+    regroup = id_ops.regroup_by_owner
+
+    def mixed(received: torch.Tensor, route: Any, what: str) -> torch.Tensor:
+        return regroup(received, route, what) if what == "ids" else received.flip(0)
+
+    swap(patch, id_ops, "regroup_by_owner", mixed)
+
+
 @mutation("two_features_on_a_rank", "output 0 differs")
 def two_features_get_each_others_ids(patch: Patch) -> None:
     def exchange(lists: list[Any]) -> list[Any]:
@@ -387,8 +435,8 @@ def frequencies_of_ids_are_ignored(patch: Patch) -> None:
 
 @mutation("weighted_bags", "output 0 differs")
 def weights_arrive_in_another_order(patch: Patch) -> None:
-    pack = id_ops.pack_weights
-    swap(patch, id_ops, "pack_weights", lambda *args: pack(*args).flip(0))
+    pack = weight_ops.pack_weights
+    swap(patch, weight_ops, "pack_weights", lambda *args: pack(*args).flip(0))
 
 
 @mutation("ids_behind_the_last_bag", "output 0 differs")
@@ -420,7 +468,7 @@ def features_are_listed_by_rank_from_the_back(patch: Patch) -> None:
 # ------ operators and kernels of one rank
 
 
-@mutation("fixed_bags", "output 0 differs")
+@mutation("fixed_bags_of_one_rank", "output 0 differs")
 def even_bags_are_one_id_long(patch: Patch) -> None:
     def short(ids: torch.Tensor) -> torch.Tensor:
         return torch.arange(ids.shape[0], dtype=ids.dtype, device=ids.device)

@@ -17,12 +17,12 @@ from torch import fx, nn
 from dmt_compile import pipeline, torch_internals
 from dmt_compile.errors import BatchError, CollectiveError
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import gradient_ops, id_ops, ops
+from dmt_compile.ir import gradient_ops, id_ops, ops, weight_ops
 from dmt_compile.ir.metadata import describe
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.kernels.batched_lookup.reference import Pooling
 from dmt_compile.runtime import checks
-from dmt_compile.runtime.route import HEADER_FIELDS, Layout, Route, make_layout
+from dmt_compile.runtime.route import AT_ONCE, HEADER_FIELDS, IdExchange, Layout, Route, make_layout
 from dmt_compile.runtime.simulated_world import SimulatedWorld, _AllToAll, _LockstepProgram, _SimulatedRank, _Transfer
 from dmt_compile.runtime.world import Execution, Ledger, executing
 from dmt_compile.topology import Topology
@@ -144,6 +144,7 @@ def test_every_fake_rule_agrees_with_what_runs(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(_LockstepProgram, "run", comparing(seen))
     batches = batches_of(model, [3, 2, 1, 4])
     fused = SimulatedWorld("2x2").run(model, batches, dense_compiler="eager")
+    by_hosts = SimulatedWorld("2x2").run(model, batches, dense_compiler="eager", id_exchange="hierarchical")
     alone = SimulatedWorld("1x1").run(model, batches[:1], dense_compiler="eager")
     towered = SimulatedWorld("2x2").run(
         DLRM(rows=(6, 5, 4)), batches, dense_compiler="eager", tower_module="dlrm", tower_module_options={"dim": 4}
@@ -157,7 +158,7 @@ def test_every_fake_rule_agrees_with_what_runs(monkeypatch: pytest.MonkeyPatch) 
     unfused = SimulatedWorld("2x2").run(model, batches, dense_compiler="eager", verify=False)
     assert seen == set(OPERATORS) - {ops.tower_input, ops.tower_output}  # which lower_to_sptt resolves
     expected = [model(*batch) for batch in batches]
-    for outputs in (fused, unfused, [alone[0], *fused[1:]]):
+    for outputs in (fused, by_hosts, unfused, [alone[0], *fused[1:]]):
         assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
@@ -244,7 +245,10 @@ def routes(draw: st.DrawFn) -> list[Route]:
     owners = tuple(draw(st.lists(st.integers(0, world - 1), min_size=features, max_size=features)))
     widths = tuple(draw(st.lists(st.integers(1, 5), min_size=features, max_size=features)))
     jagged, weighted = (tuple(draw(st.lists(st.booleans(), min_size=features, max_size=features))) for _ in range(2))
-    layout = make_layout(topology.hosts, topology.local_ranks, owners, widths, jagged, weighted)
+    spans = [k for k in (1, 2, 4) if topology.local_ranks % k == 0]  # hosts of a tower
+    hosts = draw(st.sampled_from([0, *(topology.hosts * k for k in spans)]))  # 0: ids are exchanged at once
+    exchange = IdExchange(hosts=hosts)
+    layout = make_layout(topology.hosts, topology.local_ranks, owners, widths, jagged, weighted, (), exchange)
     batch_sizes = tuple(draw(st.lists(st.integers(0, 4), min_size=world, max_size=world)))
     counts = [
         [(draw(st.integers(0, 6)) if varies else 1) * (size > 0 if varies else size) for varies in jagged]
@@ -257,21 +261,38 @@ def routes(draw: st.DrawFn) -> list[Route]:
             batch_sizes,
             tuple(tuple(counts[rank][f] for f in layout.features_by_rank[r]) for r in range(world)),
             tuple(tuple(counts[s][f] for f in layout.features_by_rank[rank]) for s in range(world)),
+            forwarded_by(rank, layout, batch_sizes, counts) if hosts else {},
         )
         for rank in range(world)
     ]
 
 
+def forwarded_by(
+    rank: int, layout: Layout, batch_sizes: Sequence[int], counts: Sequence[Sequence[int]]
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Return the elements that a rank forwards inside its host, by source and owner."""
+    run = Topology(layout.exchange.hosts, layout.topology.world_size // layout.exchange.hosts)
+    found: dict[str, list[tuple[int, ...]]] = {"ids": [], "weights": []}
+    for source in (r for r in range(run.world_size) if r % run.local_ranks == rank % run.local_ranks):
+        ids, weights = [], []
+        for owner in (r for r in range(run.world_size) if r // run.local_ranks == rank // run.local_ranks):
+            mine = [f for f, of in enumerate(layout.owners) if of == owner]
+            ids.append(sum(counts[source][f] + layout.jagged[f] * batch_sizes[source] for f in mine))
+            weights.append(sum(counts[source][f] for f in mine if layout.weighted[f]))
+        found["ids"].append(tuple(ids))
+        found["weights"].append(tuple(weights))
+    return {what: tuple(rows) for what, rows in found.items()}
+
+
 @settings(max_examples=60)
 @given(routes())
 def test_what_one_rank_sends_is_what_the_other_expects(of_ranks: list[Route]) -> None:
-    topology = of_ranks[0].layout.topology
-    members = {
-        "ids": lambda r: tuple(range(topology.world_size)),
-        "weights": lambda r: tuple(range(topology.world_size)),
-        "intra": topology.intra_ranks,
-        "peer": topology.peer_ranks,
-    }
+    topology, run = of_ranks[0].layout.topology, of_ranks[0].layout.run_topology
+    members: dict[str, Callable[[int], tuple[int, ...]]] = {"intra": topology.intra_ranks, "peer": topology.peer_ranks}
+    for what in ("ids", "weights"):
+        members[what] = lambda r: tuple(range(topology.world_size))
+        if of_ranks[0].layout.exchange.hosts:
+            members |= {f"{what}_across": run.peer_ranks, f"{what}_host": run.intra_ranks}
     for hop, group in members.items():
         for source in of_ranks:
             for position, target in enumerate(group(source.rank)):
@@ -297,7 +318,13 @@ def sptt(of_ranks: list[Route]) -> list[torch.Tensor]:
     layout, topology = of_ranks[0].layout, of_ranks[0].layout.topology
     everything_GW = torch.cat([flat_rows(route) for route in of_ranks])
     pooled = everything_GW.split(list(layout.widths), dim=1)
-    values = [ex.peer_permute(ex.join_features(pooled, route), route) for route in of_ranks]
+    if layout.exchange.hosts:  # what is looked up is in peer order already
+        in_order = {route.rank: flat_rows(route) for route in of_ranks}
+        everything_GW = torch.cat([in_order[rank] for rank in layout.sample_order])
+        pooled = everything_GW.split(list(layout.widths), dim=1)
+    values = [ex.join_features(pooled, route) for route in of_ranks]
+    if not layout.exchange.hosts:
+        values = [ex.peer_permute(joined, route) for joined, route in zip(values, of_ranks, strict=True)]
     for hop in ("intra", "peer"):
         transfer = _Transfer(topology, of_ranks, hop, hop, ("int64", "int64"), Ledger())
         moved = transfer.move([value.reshape(-1) for value in values])
@@ -370,7 +397,10 @@ def executions(topology: Topology) -> list[Execution]:
 def exchange_ids(
     layout: Layout, batches: list[RankBatch], ranks: list[Execution]
 ) -> tuple[list[Route], list[tuple[torch.Tensor | None, ...]]]:
-    """Return each rank's route, and what it receives: ids and offsets of every feature."""
+    """Return each rank's route, and what it receives: ids and offsets of every feature.
+
+    The layout's tower groups are its hosts.
+    """
     packed, headers = [], []
     for batch, rank in zip(batches, ranks, strict=True):
         with executing(rank):
@@ -383,16 +413,35 @@ def exchange_ids(
         id_ops.check_headers(received, FIELDS, tuple("abcd"))
         with executing(rank):
             of_ranks.append(id_ops.route(layout, headers[index], received, 0))
-    moved = _Transfer(layout.topology, of_ranks, "world", "ids", ("int64", "int64"), Ledger()).move(packed)
+    moved = to_owners(of_ranks, packed, "ids")
     return of_ranks, [id_ops.unpack_ids(received, route) for received, route in zip(moved, of_ranks, strict=True)]
 
 
+def to_owners(of_ranks: list[Route], tensors: Sequence[torch.Tensor], what: str) -> list[torch.Tensor]:
+    """Send every rank's ids or weights to the owners, at once or by way of hosts."""
+
+    def move(hop: str, group: str, sent: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        form = str(sent[0].dtype).removeprefix("torch.")
+        transfer = _Transfer(of_ranks[0].layout.topology, of_ranks, group, hop, (form, form), Ledger())
+        return list(_AllToAll.apply(transfer, *sent))
+
+    if not of_ranks[0].layout.exchange.hosts:
+        return move(what, "world", tensors)
+    moved = move(f"{what}_across", "across", tensors)
+    regrouped = [id_ops.regroup_by_owner(part, route, what) for part, route in zip(moved, of_ranks, strict=True)]
+    return move(f"{what}_host", "host", regrouped)
+
+
 @pytest.mark.parametrize("sizes", [(3, 0, 2, 4), (0, 0, 0, 0), (1, 1, 1, 1)])
-def test_owners_get_the_ids_and_offsets_of_the_global_batch(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("exchange", [AT_ONCE, IdExchange("int32"), IdExchange("int64", 2), IdExchange("int32", 2)])
+def test_owners_get_the_ids_and_offsets_of_the_global_batch(sizes: tuple[int, ...], exchange: IdExchange) -> None:
     generator = torch.Generator().manual_seed(sum(sizes))
-    layout = make_layout(2, 2, OWNERS, (4, 4, 2, 3), JAGGED, WEIGHTED)
+    layout = make_layout(2, 2, OWNERS, (4, 4, 2, 3), JAGGED, WEIGHTED, (), exchange)
+    dtype = getattr(torch, exchange.dtype)
     batches = [rank_batch(size, generator) for size in sizes]
     of_ranks, unpacked = exchange_ids(layout, batches, executions(layout.topology))
+    if exchange.hosts:
+        batches = [batches[rank] for rank in (0, 2, 1, 3)]  # peer order
     for rank, (route, found) in enumerate(zip(of_ranks, unpacked, strict=True)):
         assert route.batch_sizes == sizes
         for feature, owner in enumerate(OWNERS):
@@ -403,8 +452,8 @@ def test_owners_get_the_ids_and_offsets_of_the_global_batch(sizes: tuple[int, ..
             read = checks.trim(
                 [b.ids[feature] for b in batches], [b.offsets[feature] for b in batches], [HOW[feature]] * 4
             )
-            assert ids.dtype == torch.int64
-            assert torch.equal(ids, torch.cat(read).long())
+            assert ids.dtype == dtype
+            assert torch.equal(ids, torch.cat(read).to(dtype))
             assert (offsets is None) == (not JAGGED[feature])
             if offsets is not None:
                 bounds = [
@@ -412,7 +461,7 @@ def test_owners_get_the_ids_and_offsets_of_the_global_batch(sizes: tuple[int, ..
                     for part, batch in zip(read, batches, strict=True)
                 ]
                 lengths = torch.cat([part.diff() for part in bounds])
-                assert torch.equal(offsets, lengths.cumsum(0) - lengths)
+                assert torch.equal(offsets, (lengths.cumsum(0) - lengths).to(dtype))
                 assert len(offsets) == sum(sizes)
 
 
@@ -426,22 +475,24 @@ def test_features_of_one_id_a_bag_send_their_ids_alone() -> None:
     assert of_ranks[0].blocks("weights")[0] == [(len(batches[0].ids[0]), 1), (jagged_ids[0], 1)]
 
 
-def test_weights_go_with_their_ids_and_gradients_come_back() -> None:
+@pytest.mark.parametrize("exchange", [AT_ONCE, IdExchange("int32", 2)])
+def test_weights_go_with_their_ids_and_gradients_come_back(exchange: IdExchange) -> None:
     generator = torch.Generator().manual_seed(1)
-    layout = make_layout(2, 2, OWNERS, (4, 4, 2, 3), JAGGED, WEIGHTED)
+    layout = make_layout(2, 2, OWNERS, (4, 4, 2, 3), JAGGED, WEIGHTED, (), exchange)
     batches = [rank_batch(size, generator) for size in (3, 0, 2, 4)]
     of_ranks, _ = exchange_ids(layout, batches, executions(layout.topology))
     packed = []
     for batch, route in zip(batches, of_ranks, strict=True):
         weighted = [feature for feature in range(4) if WEIGHTED[feature]]
         columns = ([getattr(batch, name)[f] for f in weighted] for name in ("weights", "offsets"))
-        packed.append(id_ops.pack_weights(*columns, tuple(HOW[f] for f in weighted), route))
-    transfer = _Transfer(layout.topology, of_ranks, "world", "weights", ("float32", "float32"), Ledger())
-    moved = _AllToAll.apply(transfer, *packed)
-    found = [id_ops.unpack_weights(received, route) for received, route in zip(moved, of_ranks, strict=True)]
+        packed.append(weight_ops.pack_weights(*columns, tuple(HOW[f] for f in weighted), route))
+    moved = to_owners(of_ranks, packed, "weights")
+    found = [weight_ops.unpack_weights(received, route) for received, route in zip(moved, of_ranks, strict=True)]
     assert [[column is None for column in columns] for columns in found] == [[False, True, False, True]] * 4
     for columns in (found[0], found[1], found[3]):  # nothing to read here, but all ranks send gradients back
         assert all(len(column) == 0 and column.requires_grad for column in (columns[0], columns[2]))
+    if exchange.hosts:
+        batches = [batches[rank] for rank in (0, 2, 1, 3)]
     for feature in (0, 2):
         read = checks.trim(
             [b.weights[feature] for b in batches], [b.offsets[feature] for b in batches], [HOW[feature]] * 4
@@ -472,6 +523,67 @@ def test_a_fault_rides_in_the_header_with_no_payload() -> None:
         BatchError, match=r"expected ids of table b in \[3, 7\), found 7 at position 2 of rank 0's batch"
     ):
         id_ops.check_headers(header, FIELDS, tuple("abcd"))
+
+
+def packed_by(batch: RankBatch, check_ids: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = make_layout(1, 2, (0, 1, 1, 1), (4, 4, 2, 3), JAGGED, WEIGHTED, (), IdExchange("int32"))
+    with executing(executions(layout.topology)[0]):
+        return id_ops.pack_ids(layout, batch.ids, batch.offsets, HOW, batch.weights, [], FIELDS, check_ids)
+
+
+def test_more_ids_than_int32_counts_are_a_fault_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(id_ops, "MOST_INT32", 4)
+    batch = rank_batch(3, torch.Generator().manual_seed(0))
+    batch.ids[2] = torch.zeros(5, dtype=torch.int32)
+    batch.weights[2] = torch.zeros(5)
+    payload, header = packed_by(batch)
+    assert (len(payload), payload.dtype) == (0, torch.int32)
+    with pytest.raises(BatchError, match="at most 4 ids of table c in one batch, found 5 of rank 0's batch; nothing"):
+        id_ops.check_headers(header, FIELDS, tuple("abcd"))
+
+
+def test_what_nothing_checked_stays_out_of_range_as_int32() -> None:
+    batch = rank_batch(3, torch.Generator().manual_seed(0))
+    batch.ids[1] = torch.tensor([2**32 + 5, 4, -(2**40)])  # cut off, the first would be a row
+    payload, _ = packed_by(batch, check_ids=False)
+    first = 3 + len(batch.ids[0]) + 3 + 3  # behind feature 0, and the lengths of features 2 and 3
+    assert payload[first : first + 3].tolist() == [2**31 - 1, 4, -1]
+
+
+def test_ids_of_all_ranks_beyond_int32_are_looked_up_as_int64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(id_ops, "MOST_INT32", 6)
+    monkeypatch.setattr(id_ops, "_too_many", lambda *args: None)  # each rank's own ids are few enough
+    layout = make_layout(1, 2, (0, 1, 1, 1), (4, 4, 2, 3), JAGGED, WEIGHTED, (), IdExchange("int32"))
+    batches = [rank_batch(4, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    _, unpacked = exchange_ids(layout, batches, executions(layout.topology))
+    ids, offsets = unpacked[1][4:6]
+    assert ids is not None
+    assert offsets is not None
+    assert {ids.dtype, offsets.dtype} == {torch.int64 if len(ids) > 6 else torch.int32}
+    assert unpacked[1][2].dtype == torch.int64  # type: ignore[union-attr]  # 8 ids
+
+
+def test_even_bags_send_no_lengths_though_ranks_differ() -> None:
+    layout = make_layout(1, 2, (1,), (4,), (False,), (False,), (), IdExchange("int32", 0, (True,)))
+    ranks, packed, headers = executions(layout.topology), [], []
+    shapes = [(2, 3), (4, 1)]  # samples, ids of each
+    for rank, (samples, length) in zip(ranks, shapes, strict=True):
+        ids_BL = torch.arange(samples * length).view(samples, length)
+        offsets = ops.even_offsets(ids_BL)
+        with executing(rank):
+            payload, header = id_ops.pack_ids(
+                layout, [ids_BL.view(-1)], [offsets], HOW[:1], [None], [], ((0, 9),), True
+            )
+        packed.append(payload)
+        headers.append(header)
+    assert [payload.tolist() for payload in packed] == [list(range(6)), list(range(4))]
+    with executing(ranks[1]):
+        route = id_ops.route(layout, headers[1], torch.stack([header[1] for header in headers]), 4)
+    ids, offsets = id_ops.unpack_ids(torch.cat(packed), route)
+    assert offsets is not None
+    assert offsets.tolist() == [0, 3, 6, 7, 8, 9]
+    assert ids is not None
+    assert ids.tolist() == [*range(6), *range(4)]
 
 
 # -------------------------------------------------------------------------------------------------- faults of one batch

@@ -67,6 +67,12 @@ def insert(graph: Captured, before: fx.Node, target: Callable[..., object], *arg
         return graph.ctx.call(graph.gm, target, *args)
 
 
+def again(graph: Captured) -> None:
+    """Derive the metadata of all nodes anew."""
+    with torch.set_grad_enabled(graph.ctx.training):
+        graph.ctx.environment.annotate(graph.gm)
+
+
 def output(graph: Captured) -> fx.Node:
     return next(node for node in graph.gm.graph.nodes if node.op == "output")
 
@@ -337,6 +343,72 @@ def another_group_s_route(graph: Captured) -> str:
     return f"{permute.name} follows another route than the rest of split_features"
 
 
+@fault("steps", "2x2", "lower_to_sptt", id_exchange="hierarchical")
+def rows_permuted_that_are_in_peer_order(graph: Captured) -> str:
+    moved = hop(graph, "intra")
+    moved.update_arg(0, insert(graph, moved, ex.peer_permute, *moved.args[:2]))
+    return r"split_features comes from the steps \['peer_permute', 'intra', .* expected \['intra',"
+
+
+@fault("delivered", "2x2", "lower_to_sptt", id_exchange="hierarchical")
+def ids_that_their_forwarder_does_not_regroup(graph: Captured) -> str:
+    regrouped = graph.node(id_ops.regroup_by_owner)
+    regrouped.replace_all_uses_with(regrouped.args[0])
+    return r"unpack_ids comes from the steps \['ids_across', 'ids_host'\], expected .*'regroup_by_owner', 'ids_host'\]"
+
+
+@fault("delivered", "2x2", "lower_to_sptt", id_exchange="hierarchical")
+def ids_that_nobody_forwards(graph: Captured) -> str:
+    graph.node(id_ops.unpack_ids).update_arg(0, next(iter(hop(graph, "ids_across").users)))
+    return r"unpack_ids comes from the steps \['ids_across'\], expected"
+
+
+@fault("delivered", "2x2", "lower_to_sptt", id_exchange="hierarchical")
+def ids_regrouped_by_another_groups_route(graph: Captured) -> str:
+    route = graph.node(id_ops.route)
+    other = insert(graph, route.next, id_ops.route, *route.args)
+    other.meta["val"] = route.meta["val"]
+    graph.node(id_ops.regroup_by_owner).update_arg(1, other)
+    return "regroup_by_owner follows another route than unpack_ids"
+
+
+@fault("delivered", "2x3", "lower_to_sptt", id_exchange="hierarchical")
+def ids_sent_by_way_of_other_hosts(graph: Captured) -> str:
+    node = graph.node(id_ops.layout)
+    node.update_arg(7, node.args[7]._replace(hosts=3))  # type: ignore[union-attr]
+    again(graph)
+    return "pack_ids sends ids by way of 3 hosts, expected 2"
+
+
+@fault("delivered", "2x2", "lower_to_sptt")
+def ids_that_int32_cannot_count(graph: Captured) -> str:
+    graph.node(id_ops.pack_ids).update_arg(6, ((0, 6), (0, 2**31), (0, 4)))
+    return "pack_ids sends ids below 2147483648 as int32, expected int64"
+
+
+@fault("delivered", "2x2", "lower_to_sptt")
+def lengths_that_stay_at_home(graph: Captured) -> str:
+    node = graph.node(id_ops.layout)
+    node.update_arg(4, (True, False, True))
+    node.update_arg(7, node.args[7]._replace(even=(False, True, False)))  # type: ignore[union-attr]
+    again(graph)
+    return "pack_ids and .* disagree on the bag lengths of feature 1 that travel"
+
+
+@fault("collectives", "2x2", "lower_to_sptt", id_exchange="hierarchical")
+def ids_forwarded_among_all_ranks(graph: Captured) -> str:
+    node = hop(graph, "ids_host")
+    node.update_arg(3, "world")
+    return f"{node.name} sends hop ids_host in group world, expected host"
+
+
+@fault("collectives", "2x2", "lower_to_sptt")
+def ids_declared_wider_than_they_are(graph: Captured) -> str:
+    node = hop(graph, "ids")
+    node.update_arg(4, "int64")
+    return f"{node.name} declares int64 on the wire for a tensor of int32"
+
+
 @fault("scaled", "2x2", "lower_to_sptt")
 def a_gradient_that_is_not_scaled(graph: Captured) -> str:
     node = graph.node(gradient_ops.scale_gradient)
@@ -354,10 +426,10 @@ def a_gradient_that_is_averaged_twice(graph: Captured) -> str:
 @fault("collectives", "2x2", "lower_to_sptt")
 def hops_out_of_order(graph: Captured) -> str:
     ids = hop(graph, "ids")
-    insert(graph, output(graph), ex.start_all_to_all, ids.args[0], ids.args[1], "weights", "world", "int64", "int64")
+    insert(graph, output(graph), ex.start_all_to_all, ids.args[0], ids.args[1], "weights", "world", "int32", "int32")
     return (
-        r"hops of route are in the order \['ids', 'intra', 'peer', 'weights'\], expected a part of "
-        r"\['ids', 'weights', 'intra', 'peer'\], each once"
+        r"hops of route are in the order \['ids', 'intra', 'peer', 'weights'\], expected parts of "
+        r"\(\('ids', 'ids_across', 'ids_host', 'intra', 'peer'\), \('weights', .*, 'intra', 'peer'\)\), each once"
     )
 
 
@@ -372,7 +444,7 @@ def a_hop_that_runs_twice(graph: Captured) -> str:
 def weights_sent_among_peers(graph: Captured) -> str:
     ids = hop(graph, "ids")
     place = hop(graph, "intra")
-    insert(graph, place, ex.start_all_to_all, ids.args[0], ids.args[1], "weights", "peer", "int64", "int64")
+    insert(graph, place, ex.start_all_to_all, ids.args[0], ids.args[1], "weights", "peer", "int32", "int32")
     return "sends hop weights in group peer, expected world"
 
 

@@ -126,7 +126,7 @@ def test_lookups_with_as_many_bags_are_one_group() -> None:
     seen = {f.name: (f.group, f.bags, f.pooling, f.jagged, f.weighted) for f in found.features}
     assert seen == {
         "bag": (seen["pooled"][0], 1.0, 4 / 3, True, True),
-        "pooled": (seen["pooled"][0], 1.0, 4.0, True, False),
+        "pooled": (seen["pooled"][0], 1.0, 4.0, False, False),
         "item": (seen["item"][0], 2.0, 1.0, False, False),
         "shop": (seen["item"][0], 2.0, 1.0, False, False),
         "other": (seen["other"][0], 5.0, 1.0, False, False),
@@ -135,7 +135,7 @@ def test_lookups_with_as_many_bags_are_one_group() -> None:
     specs = {spec.name: (spec.bags, spec.pooling, spec.jagged, spec.weighted) for spec in found.table_specs()}
     assert specs["bag"] == (1.0, 1.333, 1.0, 1.0)
     assert specs["other"] == (5.0, 1.0, 0.0, 0.0)
-    assert specs["pooled"] == (1.0, 4.0, 1.0, 0.0)
+    assert specs["pooled"] == (1.0, 4.0, 0.0, 0.0)
     assert torch.equal(graph.outputs(), expected)
     assert_compiled_is_eager(Sequences(), sequences(), longest_sum=5)
 
@@ -158,7 +158,7 @@ def test_the_mean_over_a_table_s_features_counts_bags() -> None:
     [spec] = graph.table_specs()
     assert (spec.features, spec.bags, spec.pooling, spec.jagged) == (2, 4.0, 11 / 8, 0.125)
     assert spec.output_bytes_per_sample == (1 + 7) * 4 * 4
-    assert spec.id_bytes_per_sample == 8 * (4 + 1) + 8 * 7
+    assert spec.id_bytes_per_sample == 4 * (4 + 1) + 4 * 7
 
 
 def with_an_end(end: int) -> Lookups:

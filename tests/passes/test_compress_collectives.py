@@ -27,7 +27,7 @@ def forms(comm_dtype: dict[str, Any]) -> tuple[dict[Any, Any], Any]:
 def test_nothing_is_compressed_unasked() -> None:
     found, report = forms({})
     assert (report.changed, report.matched, report.skipped) == (False, 0, ())
-    assert found == {"ids": ("int64", "int64"), "intra": ("float32",) * 2, "peer": ("float32",) * 2}
+    assert found == {"ids": ("int32", "int32"), "intra": ("float32",) * 2, "peer": ("float32",) * 2}
 
 
 def test_each_hop_and_direction_has_a_form_of_its_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch.nn import functional as F
 
 from dmt_compile.errors import PlanError
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import gradient_ops, id_ops, ops
+from dmt_compile.ir import gradient_ops, id_ops, ops, weight_ops
 from dmt_compile.ir.pass_base import calls
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
+from dmt_compile.runtime.route import IdExchange
 from dmt_compile.topology import Topology
 from tests.passes._harness import Captured, Lookups, bags, capture, dense, dlrm, fields
 
@@ -24,7 +26,7 @@ from tests.passes._harness import Captured, Lookups, bags, capture, dense, dlrm,
     [
         ("2x2", ["ids", "intra", "peer"], 1),
         ("4x1", ["ids", "peer"], 0),
-        ("1x4", ["ids", "intra"], 1),
+        ("1x4", ["ids", "intra"], 0),
         ("2x3", ["ids", "intra", "peer"], 1),
     ],
 )
@@ -48,8 +50,9 @@ def test_the_hops_of_a_topology(topology: str, hops: list[str], permutes: int) -
         ex.join_features,
     ):
         assert graph.count(target) == 1
-    hosts, local_ranks, owners, widths, jagged, weighted, outputs = graph.node(id_ops.layout).args
+    hosts, local_ranks, owners, widths, jagged, weighted, outputs, exchange = graph.node(id_ops.layout).args
     assert outputs == ()  # features are exchanged as they are
+    assert exchange == IdExchange("int32", 0, (False,) * 3)
     assert f"{hosts}x{local_ranks}" == topology
     assert graph.ctx.plan is not None
     assert owners == tuple(graph.ctx.plan.owner(f"emb.{i}") for i in range(3))
@@ -101,6 +104,74 @@ def test_without_lookups_nothing_is_exchanged() -> None:
     assert (report.changed, report.skipped) == (False, (("graph", "no lookup"),))
 
 
+def hops_of(graph: Captured) -> list[tuple[object, object]]:
+    """Return each all-to-all's hop and group, in order."""
+    return [(node.args[2], node.args[3]) for node in calls(graph.gm, ex.start_all_to_all)]
+
+
+@pytest.mark.parametrize(
+    ("topology", "options"), [("2x2", {}), ("2x3", {}), ("3x2", {"towers": 6}), ("4x2", {"towers": 2})]
+)
+def test_ids_by_way_of_hosts(topology: str, options: dict[str, Any]) -> None:
+    graph = dlrm(topology, id_exchange="hierarchical", **options)
+    graph.advance("lower_to_sptt")
+    hops = [("ids_across", "across"), ("ids_host", "host"), ("intra", "intra"), ("peer", "peer")]
+    assert hops_of(graph) == hops
+    assert graph.count(ex.peer_permute) == 0  # the samples arrive in peer order
+    regrouped = graph.node(id_ops.regroup_by_owner)
+    assert regrouped.args[0].args[0].args[2] == "ids_across"  # type: ignore[union-attr]
+    assert [user.args[2] for user in regrouped.users] == ["ids_host"]
+    assert graph.node(id_ops.layout).args[7].hosts == graph.ctx.topology.hosts  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("topology", ["1x4", "4x1"])
+def test_there_is_no_way_by_hosts_without_two_of_them_and_two_ranks_on_each(topology: str) -> None:
+    graph = dlrm(topology, id_exchange="hierarchical")
+    graph.advance("lower_to_sptt")
+    assert hops_of(graph)[0] == ("ids", "world")
+    assert graph.node(id_ops.layout).args[7].hosts == 0  # type: ignore[union-attr]
+
+
+def test_weights_go_the_way_of_their_ids() -> None:
+    graph = mixed("2x2", id_exchange="hierarchical")
+    graph.advance("lower_to_sptt")
+    by_route: dict[fx.Node, list[object]] = {}
+    for node in calls(graph.gm, ex.start_all_to_all):
+        by_route.setdefault(node.args[1], []).append(node.args[2])
+    ids, weights, rows = ["ids_across", "ids_host"], ["weights_across", "weights_host"], ["intra", "peer"]
+    assert list(by_route.values()) == [[*ids, *weights, *rows], [*ids, *rows]]
+    assert [node.args[2] for node in calls(graph.gm, id_ops.regroup_by_owner)] == ["ids", "weights", "ids"]
+
+
+def test_one_table_of_more_rows_than_int32_counts_makes_all_ids_int64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("dmt_compile.plan"), "MOST_INT32", 5)
+    graph = dlrm("2x2")
+    graph.advance("place_tables")
+    assert graph.ctx.plan is not None
+    assert [(table.rows, table.id_bytes) for table in graph.ctx.plan.tables] == [(6, 8), (5, 4), (4, 4)]
+    assert graph.ctx.plan.id_bytes == 8
+    graph.advance("lower_to_sptt")
+    assert graph.node(id_ops.layout).args[7].dtype == "int64"  # type: ignore[union-attr]
+    assert graph.node(ex.start_all_to_all).args[4] == "int64"
+    assert {ids.dtype for ids in graph.node(id_ops.unpack_ids).meta["val"]} == {torch.int64}
+
+
+def test_bags_of_equal_length_send_no_lengths() -> None:
+    def look_up(m: Any, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return m.odd(torch.stack([offsets % 6, offsets % 5], dim=1))
+
+    graph = capture(Lookups(look_up, nn.EmbeddingBag(6, 4)), bags()).on("2x2")
+    graph.advance("place_tables")
+    assert graph.ctx.plan is not None
+    assert {table.name: table.jagged for table in graph.ctx.plan.tables} == {"plain": 1.0, "odd": 0.0}
+    graph.advance("lower_to_sptt")
+    layout = graph.node(id_ops.layout).args
+    names = [graph.ctx.flat_names[n.args[0].name] for n in calls(graph.gm, ops.lookup)]  # type: ignore[union-attr]
+    even = tuple(name == "odd.weight" for name in names)
+    assert (layout[4], layout[7].even) == (tuple(not e for e in even), even)  # type: ignore[union-attr]
+    assert all(lookup.args[2] is not None for lookup in calls(graph.gm, ops.lookup))
+
+
 class Mixed(nn.Module):
     """Bags with weights from a trained importance, one id a sample, and a sequence that stays unpooled."""
 
@@ -123,10 +194,10 @@ class Mixed(nn.Module):
         return self.top(joined).squeeze(1) + sequence.sum((1, 2))
 
 
-def mixed(topology: str, training: bool = True, halves: bool = False) -> Captured:
+def mixed(topology: str, training: bool = True, halves: bool = False, **options: Any) -> Captured:
     torch.manual_seed(0)
     batch = (*bags(), torch.tensor([4, 0, 2]), torch.randint(0, 7, (3, 2)))
-    return capture(Mixed(halves), batch, training).on(topology)
+    return capture(Mixed(halves), batch, training).on(topology, **options)
 
 
 def test_every_group_has_exchanges_of_its_own() -> None:
@@ -139,7 +210,7 @@ def test_every_group_has_exchanges_of_its_own() -> None:
         by_route.setdefault(node.args[1], []).append(node.args[2])
     assert list(by_route.values()) == [["ids", "weights", "intra", "peer"], ["ids", "intra", "peer"]]
     layouts = calls(graph.gm, id_ops.layout)
-    assert [node.args[3:] for node in layouts] == [
+    assert [node.args[3:7] for node in layouts] == [
         ((4, 3), (True, False), (True, False), ()),  # widths, jagged, weighted, Tower Modules' outputs
         ((2,), (False,), (False,), ()),
     ]
@@ -152,7 +223,7 @@ def test_every_group_has_exchanges_of_its_own() -> None:
         ops.split_features,
     ):
         assert graph.count(target) == 2
-    assert (graph.count(id_ops.pack_weights), graph.count(id_ops.unpack_weights)) == (1, 1)
+    assert (graph.count(weight_ops.pack_weights), graph.count(weight_ops.unpack_weights)) == (1, 1)
     lookups = {graph.ctx.flat_names[n.args[0].name]: n for n in calls(graph.gm, ops.lookup)}  # type: ignore[union-attr]
     for argument in (2, 3):  # offsets and weights
         given = {name for name, lookup in lookups.items() if lookup.args[argument] is not None}
@@ -168,7 +239,7 @@ def test_gradients_of_weights_are_those_of_each_rank_s_own_loss(training: bool) 
     assert sorted(factors) == ([0.25, 0.25, 4.0] if training else [])
     if training:
         [undone] = [node for node in calls(graph.gm, gradient_ops.scale_gradient) if node.args[1] == 4.0]
-        assert undone.args[0] is graph.node(id_ops.pack_weights)
+        assert undone.args[0] is graph.node(weight_ops.pack_weights)
         assert [user.args[2] for user in undone.users] == ["weights"]
 
 
@@ -207,7 +278,7 @@ def test_element_types_of_a_group_are_promoted_on_the_wire_and_given_back() -> N
         layout: [n.args[4] for n in calls(graph.gm, ex.start_all_to_all) if n.args[1].args[0] is layout]  # type: ignore[union-attr]
         for layout in (first, second)
     }
-    assert sent == {first: ["int64", "float64", "float64", "float64"], second: ["int64", "float32", "float32"]}
+    assert sent == {first: ["int32", "float64", "float64", "float64"], second: ["int32", "float32", "float32"]}
     columns = [list(split.users) for split in calls(graph.gm, ops.split_features)]
     assert [column.meta["val"].dtype for column in columns[0]] == [torch.float64] * 2
     [back] = columns[0][1].users
@@ -223,7 +294,7 @@ def test_weights_of_several_types_travel_in_the_widest() -> None:
     model.odd = nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
     graph = capture(model, bags()).on("2x2")
     graph.advance("lower_to_sptt")
-    assert [n.args[4] for n in calls(graph.gm, ex.start_all_to_all)][:2] == ["int64", "float64"]
+    assert [n.args[4] for n in calls(graph.gm, ex.start_all_to_all)][:2] == ["int32", "float64"]
     for lookup in calls(graph.gm, ops.lookup):
         if lookup.args[3] is not None:
             assert lookup.args[3].meta["val"].dtype == lookup.args[0].meta["val"].dtype  # type: ignore[union-attr]
@@ -280,5 +351,5 @@ def test_element_types_on_the_wire_are_the_tables() -> None:
     model = Lookups(lambda m, ids, offsets: m.odd(ids, offsets), nn.EmbeddingBag(6, 4, mode="sum")).double()
     graph = capture(model, bags()).on("2x2")
     graph.advance("lower_to_sptt")
-    assert [graph.node(ex.start_all_to_all, i).args[4] for i in range(3)] == ["int64", "float64", "float64"]
+    assert [graph.node(ex.start_all_to_all, i).args[4] for i in range(3)] == ["int32", "float64", "float64"]
     assert graph.node(ops.split_features).meta["val"][0].dtype == torch.float64

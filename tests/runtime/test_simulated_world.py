@@ -85,20 +85,28 @@ def step(world: SimulatedWorld, model: DLRM, sizes: Sequence[int], **options: An
     return local
 
 
-@pytest.mark.parametrize(("topology", "towers"), [("2x2", 2), ("4x2", 2), ("1x3", 1), ("3x1", 3), ("2x1", 1)])
-def test_the_ledger_holds_every_collective_of_a_ragged_step(topology: str, towers: int) -> None:
+@pytest.mark.parametrize(
+    ("topology", "towers", "id_exchange"),
+    [
+        *((topology, towers, "global") for topology, towers in (("2x2", 2), ("4x2", 2), ("1x3", 1), ("3x1", 3))),
+        *((topology, towers, "hierarchical") for topology, towers in (("2x2", 2), ("4x2", 2), ("2x3", 1), ("3x2", 6))),
+        ("2x1", 1, "global"),
+    ],
+)
+def test_the_ledger_holds_every_collective_of_a_ragged_step(topology: str, towers: int, id_exchange: str) -> None:
     torch.manual_seed(0)
     model = DLRM()
     world = SimulatedWorld(topology)
     shape = world.topology
     ranks = shape.world_size
     sizes = [(3 * rank) % 5 for rank in range(ranks)]
-    local = step(world, model, sizes, towers=towers)
+    local = step(world, model, sizes, towers=towers, id_exchange=id_exchange)
     plan = _plan_of_first_rank(model, local, topology, towers)
     counts = {f"emb.{i}": [len(batch[1][i]) for batch in local] for i in range(5)}
     expected: dict[tuple[str, str, str], int] = {}
-    names = {"ids": "ids", "in-host embeddings": "intra", "peer embeddings": "peer"}
-    for hop in embedding_traffic(plan, sizes, counts).sptt:
+    names = {"ids": "ids", "ids across hosts": "ids_across", "ids in hosts": "ids_host"}
+    names |= {"in-host embeddings": "intra", "peer embeddings": "peer"}
+    for hop in embedding_traffic(plan, sizes, counts, id_exchange).sptt:
         for link, sent in (("intra", hop.intra_bytes), ("cross", hop.cross_bytes)):
             if sent:
                 expected[names[hop.name], hop.direction, link] = sent
