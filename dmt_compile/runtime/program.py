@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from dmt_compile import torch_internals
 from dmt_compile.pipeline import PipelineReport
+from dmt_compile.runtime.front import Coming, Front
 from dmt_compile.runtime.regions import DenseRegion
 from dmt_compile.runtime.world import Execution, ProcessWorld, executing
+
+if TYPE_CHECKING:
+    from dmt_compile.runtime.prefetch import Ahead
 
 
 class Program:
@@ -25,6 +30,7 @@ class Program:
         checksum: a number that must be equal on every rank at this step, or 0.
         buffers: buffers that the graph does not hold; overwritten with rank 0's before each call.
         limit_s: call number, from 1 -> seconds to wait for the other ranks in that call.
+        ahead: how a batch's ids can be distributed before its call; ``None`` for one process.
     """
 
     def __init__(
@@ -35,13 +41,18 @@ class Program:
         checksum: Callable[[], int] = lambda: 0,
         buffers: Sequence[torch.Tensor] = (),
         limit_s: Callable[[int], float] = lambda call: 60.0,
+        ahead: Ahead | None = None,
     ) -> None:
         self.gm = gm
         self.report = report
         self.world = world
         self.buffers = buffers
         self.limit_s = limit_s
-        self._execution = None if world is None else Execution(world, fingerprint(gm), checksum)
+        self.ahead = ahead
+        self.front: Front | str | None = None  # cut when a loader is prefetched first
+        self.coming: list[Coming] = []
+        self.fingerprint = 0 if world is None else fingerprint(gm)
+        self._execution = None if world is None else Execution(world, self.fingerprint, checksum)
         self._calls = 0
 
     def __call__(self, *args: Any) -> Any:
@@ -51,8 +62,36 @@ class Program:
         self.world.limit_s = self.limit_s(self._calls)
         for buffer in self.buffers:
             self.world.broadcast(buffer.data, "buffers outside the graph")
+        for observer in _observers:
+            observer(self, args)
+        run, given = self._rest(args)
         with executing(self._execution):
-            return self.gm(*args)
+            return run(*given)
+
+    def next_limit_s(self) -> float:
+        """Return how long the next call waits for the other ranks."""
+        return self.limit_s(self._calls + 1)
+
+    def _rest(self, args: tuple[Any, ...]) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+        """Return the graph to run and its arguments: that without the front where the batch was sent off before."""
+        for coming in self.coming:
+            if coming.fits(args):
+                self.coming.remove(coming)
+                return coming.front.rest, (*args, *coming.result.result())
+        return self.gm, args
+
+
+_observers: list[Callable[[Program, tuple[Any, ...]], None]] = []
+
+
+@contextmanager
+def observing(observer: Callable[[Program, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Tell ``observer`` of every call of a program of several ranks."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 def fingerprint(gm: fx.GraphModule) -> int:
