@@ -23,6 +23,7 @@ from dmt_compile.partition.measure import interactions
 from dmt_compile.partition.picture import save_picture
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.runtime.clipping import clip_grad_norm_
+from dmt_compile.runtime.prefetch import prefetch
 from dmt_compile.runtime.simulated_world import SimulatedWorld
 from dmt_compile.runtime.state import full_state_dict
 from dmt_compile.runtime.warmup import warmup
@@ -61,6 +62,7 @@ __all__ = [
     "full_state_dict",
     "interactions",
     "plan",
+    "prefetch",
     "save_picture",
     "transform",
     "warmup",

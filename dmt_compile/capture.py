@@ -27,6 +27,7 @@ class Capture:
         parameters: graph input -> the real parameter or buffer.
         flat_names: graph input -> its name in ``root``, or the variable that the user passed.
         inputs: graph input -> the real tensor of the batch.
+        sources: graph input of the batch, or a size of it -> where Dynamo found it, as an expression.
         checked: graph inputs whose number of samples the program compares at each step.
     """
 
@@ -36,6 +37,7 @@ class Capture:
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     flat_names: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     checked: list[list[str]] = field(default_factory=list)
 
     def other_tables(self, tables: Sequence[TableSpec]) -> list[TableSpec]:
@@ -70,9 +72,12 @@ def read_capture(gm: fx.GraphModule) -> Capture:
     names = {} if root is None else _names(root)
     for node, source in sources.items():
         value = torch_internals.input_value(node)
+        of_parameter = bool(chains.get(node)) or isinstance(value, nn.Parameter)
+        if source is not None and not of_parameter and torch_internals.is_frame_input(source):
+            capture.sources[node.name] = torch_internals.source_text(source)
         if not isinstance(value, torch.Tensor):
             continue
-        if chains.get(node) or isinstance(value, nn.Parameter):
+        if of_parameter:
             capture.parameters[node.name] = value
             capture.flat_names[node.name] = names.get(id(value), node.name)
         elif source is not None and torch_internals.is_frame_input(source):

@@ -54,13 +54,14 @@ def input_value(placeholder: torch.fx.Node) -> Any:
     return None if graph_arg is None else graph_arg.example
 
 
-def _source_text(source: Any) -> str:
+def source_text(source: Any) -> str:
+    """Return a source as an expression of the frame's variables ``L`` and globals ``G``."""
     return str(source.name() if callable(source.name) else source.name)  # a method until torch 2.11
 
 
 def _evaluate(source: Any, output: Any) -> Any:
     try:
-        return eval(_source_text(source), output.global_scope, {"L": output.local_scope, "G": output.global_scope})
+        return eval(source_text(source), output.global_scope, {"L": output.local_scope, "G": output.global_scope})
     except Exception:
         return None  # a source that only exists inside Dynamo, such as a cell
 
@@ -94,14 +95,14 @@ def guard_identity(module: nn.Module) -> None:
 
 def variable_name(source: Any) -> str:
     """Return a graph input as the user would write it, such as ``offsets[0]``."""
-    return re.sub(r"^L\['(\w+)'\]", r"\1", _source_text(source))
+    return re.sub(r"^L\['(\w+)'\]", r"\1", source_text(source))
 
 
 def is_frame_input(source: Any) -> bool:
     """Tell whether a graph input came in through the compiled frame's own variables."""
     while getattr(source, "base", None) is not None:
         source = source.base
-    return _source_text(source).startswith("L[")
+    return source_text(source).startswith("L[")
 
 
 def calling_modules() -> list[nn.Module]:

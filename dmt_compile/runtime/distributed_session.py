@@ -28,6 +28,7 @@ from dmt_compile.ir.stages import Stage
 from dmt_compile.ir.tower_regions import held_by_one_group
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.agreement import agree, describe_options, signature
+from dmt_compile.runtime.prefetch import Ahead, RanksAhead
 from dmt_compile.runtime.program import Program
 from dmt_compile.runtime.session import (
     Passes,
@@ -63,6 +64,7 @@ class ModelState:
     towers: dict[int, int] = field(default_factory=dict)
     hooks: dict[int, Any] = field(default_factory=dict)
     steps: int = 0
+    ahead: RanksAhead | None = None
     newly_sharded: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
@@ -72,6 +74,12 @@ class ModelState:
         """The first rank of those that alone hold a Tower Module's parameter or buffer; ``None`` for any other."""
         group = self.towers.get(id(tensor))
         return None if group is None else group * self.plan.tower_groups().local_ranks
+
+    def ranks_ahead(self) -> RanksAhead:
+        """Return the ranks on the process groups that distribute ids ahead; the first time a collective call."""
+        if self.ahead is None:
+            self.ahead = RanksAhead(self.world)
+        return self.ahead
 
     def checksum(self) -> int:
         """Return a number that is equal on all ranks as long as the dense replicas are; 0 in most steps."""
@@ -206,7 +214,8 @@ class DistributedSession(Session):
             _hook_others(capture.outer, state)
         outside = _buffers_outside(capture) if ctx.training and ctx.embedding_graph.tables else []
         limit_s = self._limit(first=state.steps == 0)
-        return Program(capture.gm, report, state.world, state.checksum, outside, limit_s)
+        ahead = Ahead(capture.sources, state.ranks_ahead, state.checksum)
+        return Program(capture.gm, report, state.world, state.checksum, outside, limit_s, ahead)
 
     def _limit(self, first: bool) -> Callable[[int], float]:
         """Return how long a program waits in its n-th call: longer while ranks compile, each in its own time."""

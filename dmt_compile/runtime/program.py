@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -13,8 +15,12 @@ from dmt_compile import torch_internals
 from dmt_compile.ir import id_ops
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.pipeline import PipelineReport
+from dmt_compile.runtime.front import Coming, Front
 from dmt_compile.runtime.regions import DenseRegion
 from dmt_compile.runtime.world import Execution, ProcessWorld, executing
+
+if TYPE_CHECKING:
+    from dmt_compile.runtime.prefetch import Ahead
 
 
 class Program:
@@ -27,6 +33,7 @@ class Program:
         checksum: a number that must be equal on every rank at this step, or 0.
         buffers: buffers that the graph does not hold; overwritten with rank 0's in each call.
         limit_s: call number, from 1 -> seconds to wait for the other ranks in that call.
+        ahead: how a batch's ids can be distributed before its call; ``None`` for one process.
     """
 
     def __init__(
@@ -37,13 +44,18 @@ class Program:
         checksum: Callable[[], int] = lambda: 0,
         buffers: Sequence[torch.Tensor] = (),
         limit_s: Callable[[int], float] = lambda call: 60.0,
+        ahead: Ahead | None = None,
     ) -> None:
         self.gm = gm
         self.report = report
         self.world = world
         self.buffers = buffers
         self.limit_s = limit_s
-        self._execution = None if world is None else Execution(world, fingerprint(gm), checksum, self._agreed)
+        self.ahead = ahead
+        self.front: Front | str | None = None  # cut when a loader is prefetched first
+        self.coming: list[Coming] = []
+        self.fingerprint = 0 if world is None else fingerprint(gm)
+        self._execution = None if world is None else Execution(world, self.fingerprint, checksum, self._agreed)
         called = {node.target for node in gm.graph.nodes if node.op == "call_function"}
         collective = any(target in OPERATORS and OPERATORS[target].collective for target in called)
         self._without_header = collective and id_ops.exchange_headers not in called
@@ -56,10 +68,24 @@ class Program:
         self._calls += 1
         self.world.step += 1
         self.world.limit_s = self.limit_s(self._calls)
+        for observer in _observers:
+            observer(self, args)
         with executing(self._execution):
             if self._without_header:
                 id_ops.exchange_headers(id_ops.plain_header(), (), ())
+            for coming in self.coming:
+                if coming.fits(args):
+                    self.coming.remove(coming)
+                    start = time.perf_counter()
+                    ahead = coming.result.result()
+                    self.world.waited_s["ids", "forward"] += time.perf_counter() - start
+                    self._agreed()
+                    return coming.front.rest(*args, *ahead)
             return self.gm(*args)
+
+    def next_limit_s(self) -> float:
+        """Return how long the next call waits for the other ranks."""
+        return self.limit_s(self._calls + 1)
 
     def _agreed(self) -> None:
         """Every rank runs this program now."""
@@ -104,3 +130,16 @@ def _text(value: Any, numbers: dict[fx.Node, int]) -> str:
     if isinstance(value, dict):
         return _text(sorted(value.items()), numbers)
     return repr(value) if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+_observers: list[Callable[[Program, tuple[Any, ...]], None]] = []
+
+
+@contextmanager
+def observing(observer: Callable[[Program, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Tell ``observer`` of every call of a program of several ranks."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)

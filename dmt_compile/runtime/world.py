@@ -120,6 +120,7 @@ class ProcessWorld:
         grouped: tower groups x ranks in a group; equal to ``topology`` where a tower is one host.
         limit_s: seconds to wait for the other ranks in a collective; programs set it anew with each call.
         towers: names of the towers that this rank serves.
+        name: of this world among those of one run.
 
     Attributes:
         ledger: bytes that this rank sent.
@@ -130,8 +131,12 @@ class ProcessWorld:
     Creates process groups: a collective call, in the same order on every rank.
     """
 
-    def __init__(self, topology: Topology, grouped: Topology, limit_s: float, towers: Sequence[str] = ()) -> None:
+    def __init__(
+        self, topology: Topology, grouped: Topology, limit_s: float, towers: Sequence[str] = (), name: str = "step"
+    ) -> None:
         self.topology = topology
+        self.grouped = grouped
+        self.name = name
         self.rank = dist.get_rank()
         self.ledger = Ledger()
         on_gpu = dist.get_backend() == "nccl"
@@ -159,6 +164,12 @@ class ProcessWorld:
                 if self.rank in ranks:
                     assert group is not None
                     self._groups[name], self._members[name] = group, ranks
+
+    def again(self, name: str) -> ProcessWorld:
+        """Return the same ranks on process groups of their own, with the same ledger; a collective call."""
+        other = ProcessWorld(self.topology, self.grouped, self.limit_s, self._towers, name)
+        other.ledger = self.ledger
+        return other
 
     def start_all_to_all(
         self, sent: torch.Tensor, send: list[int], receive: list[int], group: str, label: str, direction: str
@@ -224,7 +235,7 @@ class ProcessWorld:
     def _missing(self, label: str) -> list[int]:
         """Ask, through the store, which ranks wait in this step too; those that do not say so are missing."""
         try:
-            prefix = f"dmt/waiting/{self.step}/"
+            prefix = f"dmt/waiting/{self.name}/{self.step}/"
             self._store.set(f"{prefix}{self.rank}", label)
             deadline = time.monotonic() + 1.5
             others = [r for r in range(self.topology.world_size) if r != self.rank]

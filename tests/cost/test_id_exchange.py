@@ -58,7 +58,7 @@ def test_what_is_chosen() -> None:
     assert id_exchange_of("auto", even_plan(2, 2, dim=128)) == "hierarchical"  # wide rows to permute
     assert id_exchange_of("auto", even_plan(2, 2, dim=128, pooling=1000.0)) == "global"  # more ids than rows
     slow = even_plan(2, 2, dim=128)
-    slow = replace(slow, topology=replace(slow.topology, intra_bytes_per_s=10e9))
+    slow = replace(slow, topology=replace(slow.topology, intra_bytes_per_s=1e9))
     assert id_exchange_of("auto", slow) == "global"  # where ids are forwarded slowly
 
 
