@@ -19,6 +19,7 @@ from dmt_compile.tower_modules import KINDS
 
 PARTITIONS = ("balanced", "strided", *STRATEGIES)
 DENSE_COMPILERS = ("inductor", "aot_eager", "eager")
+DENSE_REDUCTIONS = ("auto", "flat", "hierarchical")
 
 
 def _nearest(name: object, valid: Sequence[str]) -> str:
@@ -53,6 +54,8 @@ class Options:
         seed: of the Tower Modules' initial values, and those of the layers that get another size; of the search for
             ``"coherent"`` and ``"diverse"`` towers.
         dense_compiler: what compiles the dense regions: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+        dense_reduction: of dense gradients: ``"flat"`` (one all-reduce), ``"hierarchical"`` (in hosts, between them, in
+            hosts again) or ``"auto"``: hierarchical where several hosts have several ranks each.
         check_ids: check every id against its table's rows before it is used.
         strict: an unsupported region is an error, not a fallback.
         verify: hold the graph to its stage's rules after every pass.
@@ -77,6 +80,7 @@ class Options:
     tower_module_options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     dense_compiler: str = "inductor"
+    dense_reduction: str = "auto"
     check_ids: bool = True
     strict: bool = False
     verify: bool = True
@@ -103,11 +107,10 @@ class Options:
             self._check_explicit(self.partition)
         self._check_planner()
         self._check_tower_module()
-        if self.dense_compiler not in DENSE_COMPILERS:
-            raise ConfigError(
-                f"options: expected a known 'dense_compiler', found {self.dense_compiler!r}"
-                + _nearest(self.dense_compiler, DENSE_COMPILERS)
-            )
+        for name, known in (("dense_compiler", DENSE_COMPILERS), ("dense_reduction", DENSE_REDUCTIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(f"options: expected a known {name!r}, found {value!r}" + _nearest(value, known))
         for name in ("timeout_s", "first_timeout_s"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
