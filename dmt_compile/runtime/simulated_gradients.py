@@ -50,35 +50,39 @@ class _Average(torch.autograd.Function):
         members = reduction.members(topology)
         count = len(grads) // len(members)
         by_rank = [grads[first : first + count] for first in range(0, len(grads), count)]
-        padding = reduction.padding(topology, sum(grad.numel() for grad in by_rank[0]))
-        flats = [flatten(rank_grads, padding) for rank_grads in by_rank]
         for rank in members:
-            _record(ledger, topology, reduction, rank, flats[0])
-        average = unflatten(_average(flats, topology, reduction), [grad.shape for grad in by_rank[0]])
-        return None, None, None, *average, *[None] * (len(grads) - count)
+            _record(ledger, topology, reduction, rank, by_rank[0])
+        return None, None, None, *average(by_rank, topology, reduction), *[None] * (len(grads) - count)
 
 
-def _average(flats: Sequence[torch.Tensor], topology: Topology, reduction: Reduction) -> torch.Tensor:
-    """Return the average of what the members hold, in the order and the element types of their collectives."""
+def average(by_rank: Sequence[Sequence[torch.Tensor]], topology: Topology, reduction: Reduction) -> list[torch.Tensor]:
+    """Return the average of the gradients of a bucket that the members hold.
+
+    In the order and the element types of their collectives: for a hierarchical reduction the same bits.
+    """
+    flats = [flatten(gradients, 0) for gradients in by_rank]
     dtype, divisor, local = flats[0].dtype, reduction.divisor(topology), topology.local_ranks
-    if not reduction.hierarchical:
-        return (add_up(flats) / divisor).to(dtype)
-    in_hosts = [add_up(flats[first : first + local]) / divisor for first in range(0, len(flats), local)]
-    wire = reduction.wire(dtype)
-    total = add_up([part.to(wire) for part in in_hosts]).to(wire) if reduction.hosts > 1 else in_hosts[0]
-    return total.to(dtype)
+    if reduction.hierarchical:
+        total, *others = [add_up(flats[first : first + local]) / divisor for first in range(0, len(flats), local)]
+        if others:
+            wire = reduction.wire(dtype)
+            total = add_up([part.to(wire) for part in (total, *others)]).to(wire)
+    else:
+        total = add_up(flats) / divisor
+    return unflatten(total.to(dtype), [gradient.shape for gradient in by_rank[0]])
 
 
-def _record(ledger: Ledger, topology: Topology, reduction: Reduction, rank: int, flat_P: torch.Tensor) -> None:
+def _record(
+    ledger: Ledger, topology: Topology, reduction: Reduction, rank: int, gradients: Sequence[torch.Tensor]
+) -> None:
     """Record what one member sends for a bucket, link by link."""
-    members = reduction.members(topology)
+    members, label, dtype = reduction.members(topology), reduction.label, gradients[0].dtype
+    elements = sum(gradient.numel() for gradient in gradients)
     if not reduction.hierarchical:
-        ledger.add_all_reduce(reduction.label, topology, rank, flat_P.nbytes, members)
+        ledger.add_all_reduce(label, topology, rank, elements * dtype.itemsize, members)
         return
-    in_host = flat_P.nbytes // topology.local_ranks
-    elements = flat_P.numel() // len(members)
+    part = (elements + reduction.padding(topology, elements)) // len(members)
     for target in topology.intra_ranks(rank):
-        ledger.add(reduction.label, "backward", topology, rank, target, 2 * in_host)
+        ledger.add(label, "backward", topology, rank, target, 2 * part * reduction.hosts * dtype.itemsize)
     for target in members[rank % topology.local_ranks :: topology.local_ranks]:
-        sent = 2 * elements * reduction.wire(flat_P.dtype).itemsize
-        ledger.add(reduction.label, "backward", topology, rank, target, sent)
+        ledger.add(label, "backward", topology, rank, target, 2 * part * reduction.wire(dtype).itemsize)
