@@ -73,10 +73,11 @@ class SyncDenseGradients(Pass):
             if node.meta["val"].requires_grad:
                 sets.setdefault(group, []).append(node)
         notes = [self._average(gm, ctx, sets[tower], held[-1], tower) for tower in sorted(sets) if sets[tower]]
+        lossy = any(node.args[0].wire_dtype for node in calls(gm, gradient_ops.averaging))  # type: ignore[union-attr]
         if buffers:
             self._broadcast(gm, ctx, buffers, held[-1])
         matched = len(buffers) + sum(map(len, sets.values()))
-        return PassReport(changed=bool(matched), matched=matched, notes=tuple(notes))
+        return PassReport(bool(matched), matched, effect=Effect.LOSSY if lossy else None, notes=tuple(notes))
 
     def _scale_for_towers(self, gm: fx.GraphModule, ctx: PassContext, of_towers: dict[fx.Node, int]) -> None:
         """Give gradients from Tower Modules to parameters that others read too the factor that those have."""

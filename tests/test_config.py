@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dmt_compile.config import DENSE_COMPILERS, PARTITIONS, Options
+from dmt_compile.config import DENSE_COMPILERS, DENSE_REDUCTIONS, PARTITIONS, Options
 from dmt_compile.errors import ConfigError, PlanError
 from dmt_compile.partition.assign import STRATEGIES, make_plan
 from dmt_compile.plan import TableSpec, TowerPlan
@@ -41,6 +41,7 @@ def test_no_options_are_the_defaults() -> None:
         {"partition": "diverse", "interactions": Path("interactions.json"), "max_imbalance": 1.5},
         {"partition": "strided", "memory_bytes": 1 << 30},
         *({"dense_compiler": name} for name in DENSE_COMPILERS),
+        *({"dense_reduction": name} for name in DENSE_REDUCTIONS),
     ],
 )
 def test_valid_values_are_kept(values: dict[str, Any]) -> None:
@@ -100,6 +101,14 @@ def test_valid_values_are_kept(values: dict[str, Any]) -> None:
         (
             {"dense_compiler": "inducter"},
             "options: expected a known 'dense_compiler', found 'inducter'; did you mean 'inductor'?",
+        ),
+        (
+            {"dense_reduction": "hierarchic"},
+            "options: expected a known 'dense_reduction', found 'hierarchic'; did you mean 'hierarchical'?",
+        ),
+        (
+            {"dense_reduction": None},
+            "options: expected a known 'dense_reduction', found None; valid are 'auto', 'flat', 'hierarchical'",
         ),
         ({"timeout_s": 0}, "options: expected seconds above 0 for 'timeout_s', found 0"),
         ({"timeout_s": float("nan")}, "options: expected seconds above 0 for 'timeout_s', found nan"),

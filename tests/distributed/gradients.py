@@ -15,9 +15,10 @@ from torch import nn
 from dmt_compile import SimulatedWorld, Topology, pipeline
 from dmt_compile.ir import gradient_ops
 from dmt_compile.passes.sync_dense_gradients import SyncDenseGradients
+from dmt_compile.runtime import averaging
 from dmt_compile.runtime.averaging import Averaging, Reduction
 from dmt_compile.runtime.simulated_gradients import average as average_bucket
-from dmt_compile.runtime.world import Execution, ProcessWorld, executing
+from dmt_compile.runtime.world import Execution, Pending, ProcessWorld, executing
 from tests.distributed.scenarios import compiled
 from tests.models import DLRM, make_batch
 
@@ -50,9 +51,9 @@ def gradients(rank: int, scale: float = 1.0) -> Leaves:
 def read(world: ProcessWorld, leaves: Leaves, reduction: Reduction, order: Sequence[int]) -> list[Sequence[Any]]:
     """Return the buckets of parameters as a program gives them to its regions, first read in ``order``."""
     with executing(Execution(world)):
-        averaging = gradient_ops.averaging(reduction)
-        waited = gradient_ops.wait_gradients([leaf for bucket in leaves for leaf in bucket], averaging)
-        started = {bucket: gradient_ops.start_gradients(waited, averaging, bucket) for bucket in order}
+        way = gradient_ops.averaging(reduction)
+        waited = gradient_ops.wait_gradients([leaf for bucket in leaves for leaf in bucket], way)
+        started = {bucket: gradient_ops.start_gradients(waited, way, bucket) for bucket in order}
     return [started[bucket] for bucket in range(len(leaves))]
 
 
@@ -80,6 +81,33 @@ def sums(rank: int, topology: str, reduction: Reduction) -> dict[str, Any]:
     pairs = list(zip(itertools.chain(*leaves), itertools.chain(*expected), strict=True))
     same = all(torch.equal(cast(torch.Tensor, leaf.grad), theirs) for leaf, theirs in pairs)
     return {"same": same, "first": cast(torch.Tensor, leaves[0][0].grad).tolist(), "sent": dict(world.ledger.records)}
+
+
+def broken(rank: int) -> dict[str, bool]:
+    """Break the reduction in each of its steps, and tell whether the sums are right still."""
+    add_up, gather = averaging.add_up, ProcessWorld.start_gather
+
+    def turned(self: ProcessWorld, part: torch.Tensor, label: str, group: str) -> Pending:
+        gathered = gather(self, part, label, group).wait()
+        return Pending(torch.cat(gathered.chunk(2)[::-1]))
+
+    breaks: dict[str, tuple[Any, str, Any]] = {
+        "one part of each sum": (averaging, "add_up", lambda parts: add_up(parts[:1])),
+        "sums in their own type": (averaging, "add_up", lambda parts: add_up([p.bfloat16() for p in parts])),
+        "parts gathered in another order": (ProcessWorld, "start_gather", turned),
+        "nothing leaves": (Averaging, "_leave", lambda self, world, flat: Pending(flat)),
+        "nothing rounded between hosts": (Reduction, "wire", lambda self, dtype: dtype),
+    }
+    said = {"nothing": sums(rank, "2x2", wire_of("bfloat16"))["same"]}
+    for what, (owner, name, wrong) in breaks.items():
+        with mock.patch.object(owner, name, wrong):
+            world = ProcessWorld(Topology(2, 2), Topology(2, 2), 30.0)
+            leaves = parameters()
+            loss(read(world, leaves, wire_of("bfloat16"), range(len(leaves))), gradients(rank)).backward()
+        expected = average([gradients(r) for r in range(4)], world.topology, wire_of("bfloat16"))
+        pairs = zip(itertools.chain(*leaves), itertools.chain(*expected), strict=True)
+        said[what] = all(torch.equal(cast(torch.Tensor, leaf.grad), theirs) for leaf, theirs in pairs)
+    return said
 
 
 def passes(rank: int, hierarchical: bool) -> dict[str, bool]:

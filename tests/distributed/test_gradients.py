@@ -50,6 +50,13 @@ def test_towers_over_several_hosts_sum_among_their_own_ranks(wire_dtype: str | N
     assert [result["first"] == results[0]["first"] for result in results] == [True] * 4 + [False] * 4
 
 
+def test_each_step_that_breaks_is_seen_in_the_sums() -> None:
+    for said in values(run_ranks(gradients.broken, 4)):
+        assert said.pop("nothing")
+        assert len(said) == 5
+        assert not any(said.values()), said
+
+
 @pytest.mark.parametrize("hierarchical", [True, False])
 def test_every_way_backward_gives_averages(hierarchical: bool) -> None:
     for said in values(run_ranks(gradients.passes, 4, hierarchical)):

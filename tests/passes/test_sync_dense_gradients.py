@@ -109,6 +109,7 @@ def test_the_reduction_fits_the_topology(
     reduction = graph.node(gradient_ops.averaging).args[0]
     assert (reduction.tower, reduction.hosts, reduction.hierarchical) == (-1, graph.ctx.topology.hosts, hierarchical)
     assert reduction.wire_dtype == (wire_dtype if hierarchical else None)
+    assert report.effect is (Effect.LOSSY if reduction.wire_dtype else None)
     assert report.notes[0].startswith(f"dense gradients: {said}")
 
 
