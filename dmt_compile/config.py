@@ -22,6 +22,7 @@ PARTITIONS = ("balanced", "strided", *STRATEGIES)
 DENSE_COMPILERS = ("inductor", "aot_eager", "eager")
 HOPS = ("intra", "peer", "dense")
 ID_EXCHANGES = ("auto", "global", "hierarchical")
+DENSE_REDUCTIONS = ("auto", "flat", "hierarchical")
 
 
 def _nearest(name: object, valid: Sequence[str]) -> str:
@@ -64,6 +65,8 @@ class Options:
             ``"auto"`` (what :mod:`dmt_compile.cost.id_exchange` expects to be faster). The numbers are the same, but
             for the order in which a table's gradient sums the samples.
         dense_compiler: what compiles the dense regions: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+        dense_reduction: of dense gradients: ``"flat"`` (one all-reduce), ``"hierarchical"`` (in hosts, between them, in
+            hosts again) or ``"auto"``: hierarchical where several hosts have several ranks each.
         check_ids: check every id against its table's rows before it is used.
         strict: an unsupported region is an error, not a fallback.
         verify: hold the graph to its stage's rules after every pass.
@@ -90,6 +93,7 @@ class Options:
     comm_dtype: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     id_exchange: str = "auto"
     dense_compiler: str = "inductor"
+    dense_reduction: str = "auto"
     check_ids: bool = True
     strict: bool = False
     verify: bool = True
@@ -117,10 +121,14 @@ class Options:
         self._check_planner()
         self._check_tower_module()
         self._check_comm_dtype()
-        for name, valid in (("dense_compiler", DENSE_COMPILERS), ("id_exchange", ID_EXCHANGES)):
+        for name, known in (
+            ("dense_compiler", DENSE_COMPILERS),
+            ("dense_reduction", DENSE_REDUCTIONS),
+            ("id_exchange", ID_EXCHANGES),
+        ):
             value = getattr(self, name)
-            if value not in valid:
-                raise ConfigError(f"options: expected a known {name!r}, found {value!r}" + _nearest(value, valid))
+            if value not in known:
+                raise ConfigError(f"options: expected a known {name!r}, found {value!r}" + _nearest(value, known))
         for name in ("timeout_s", "first_timeout_s"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
@@ -217,6 +225,12 @@ class Options:
                         f"options: expected a known form for hop {hop!r} in 'comm_dtype', found {form!r}"
                         + _nearest(form, valid)
                     )
+
+        if self.wire_forms("dense")[0] is not None and self.dense_reduction == "flat":
+            raise ConfigError(
+                "options: expected a hierarchical 'dense_reduction' for hop 'dense' in 'comm_dtype', found 'flat', which "
+                "has no hop of its own between hosts; drop one of them"
+            )
 
     def wire_forms(self, hop: str) -> tuple[str | None, str | None]:
         """The forms in which floating-point numbers travel on a hop, forward and backward; ``None``: as they are."""

@@ -51,7 +51,9 @@ def passes_in_order(options: Options) -> tuple[Pass, ...]:
         PlaceTables(),  # needs the towers
         LowerToSptt(),  # needs the placements
         CompressCollectives(),  # needs the exchanges
-        SyncDenseGradients(),  # after the exchanges: whatever is still a trained input is dense
+        SyncDenseGradients(
+            wire_dtype=options.wire_forms("dense")[0]
+        ),  # after the exchanges: whatever is still a trained input is dense
         BatchLookups(),  # after the exchanges: fuses what is left on a rank
         FoldJoins(),  # after batching: the joined features are there to be read at once
         CompileDenseRegions(options.dense_compiler),  # after all that rewrites the graph

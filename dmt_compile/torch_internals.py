@@ -446,3 +446,14 @@ def aot_module(gm: torch.fx.GraphModule, inputs: Sequence[Any], mode: FakeTensor
 def default_store() -> Store:
     """Return the key-value store of the default process group."""
     return dist.distributed_c10d._get_default_store()
+
+
+def backward_pass() -> int:
+    """Return a number of the backward pass that is running."""
+    return torch._C._current_graph_task_id()
+
+
+def all_gather_single(gathered: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> Any:
+    """Start to gather equal parts into one tensor."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the old name until torch 2.12
+    return gather(gathered, part, group=group, async_op=True)

@@ -17,16 +17,13 @@ from typing import Any, ClassVar
 from torch import fx
 
 from dmt_compile.ir.exchange_ops import run_towers
-from dmt_compile.ir.gradient_ops import broadcast_buffers, synchronize
-from dmt_compile.ir.metadata import LOOKUP_RULES
+from dmt_compile.ir.levels import is_operator, is_sparse, levels
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, calls, sort_graph
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.runtime.regions import DenseRegion
 
 logger = logging.getLogger(__name__)
-
-_IDENTITIES = (synchronize, broadcast_buffers)  # in the forward pass nothing waits for them
 
 
 @dataclass(frozen=True)
@@ -75,22 +72,16 @@ class CompileDenseRegions(Pass):
         return found
 
     def _regions(self, gm: fx.GraphModule, ctx: PassContext) -> list[list[fx.Node]]:
-        outer = {n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr", "output") or self._is_sparse(n)}
-        special = {n for n in gm.graph.nodes if n.target in OPERATORS or self._is_sparse(n)}
+        outer = {n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr", "output") or is_sparse(n)}
+        special = {n for n in gm.graph.nodes if is_operator(n)}
         feeding = ancestors([source for node in special for source in node.all_input_nodes])
-        levels: dict[fx.Node, int] = {}
-        for node in gm.graph.nodes:
-            before = max((levels[source] for source in node.all_input_nodes), default=0)
-            levels[node] = before + (node in special and node.target not in _IDENTITIES)
+        level = levels(gm)
         by_level: dict[int, list[fx.Node]] = defaultdict(list)
         for node in gm.graph.nodes:
             if node in outer or node in special or node in feeding or self._reads_operator(node):
                 continue
-            by_level[levels[node] if ctx.distributed else 0].append(node)
-        return [by_level[level] for level in sorted(by_level)]
-
-    def _is_sparse(self, node: fx.Node) -> bool:
-        return node.target in LOOKUP_RULES and (True in (node.kwargs.get("sparse"), *node.args[6:8]))
+            by_level[level[node] if ctx.distributed else 0].append(node)
+        return [by_level[number] for number in sorted(by_level)]
 
     def _reads_operator(self, node: fx.Node) -> bool:
         """Tell whether a node takes one of the values of an operator that returns several."""

@@ -18,11 +18,12 @@ from typing import ClassVar
 from torch import fx
 
 from dmt_compile.ir import exchange_ops as ex
+from dmt_compile.ir import gradient_ops
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, calls, mutates
 from dmt_compile.ir.stages import Stage
 
-_START, _CHAIN, _WAIT_IN_CHAIN, _OTHER, _LAST_WAIT = range(5)
+_FIRST, _START, _CHAIN, _WAIT_IN_CHAIN, _OTHER, _LAST_WAIT = range(6)
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class OverlapCollectives(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassReport:
         """Reorder ``gm``'s nodes in place."""
-        starts = calls(gm, ex.start_all_to_all)
-        if not starts:
+        starts, gradients = calls(gm, ex.start_all_to_all), calls(gm, gradient_ops.start_gradients)
+        if not starts and not gradients:
             return PassReport(changed=False, skipped=(("graph", "no exchange"),))
         chain = ancestors(starts)
         nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
@@ -61,10 +62,15 @@ class OverlapCollectives(Pass):
         for earlier, later in pairwise(ordered):
             if earlier.next is not later:
                 earlier.append(later)
+        self._start_late(gm)
         notes = tuple(f"{start.args[2]}: {self._meanwhile(start)}" for start in starts)
-        return PassReport(changed=ordered != nodes, matched=len(starts), notes=notes)
+        return PassReport(
+            changed=ordered != nodes or bool(gradients), matched=len(starts) + len(gradients), notes=notes
+        )
 
     def _urgency(self, node: fx.Node, chain: set[fx.Node]) -> int:
+        if node.target in (gradient_ops.averaging, gradient_ops.wait_gradients):
+            return _FIRST  # what is made first is waited for last
         if node.target is ex.start_all_to_all:
             return _START
         if node in chain:
@@ -79,6 +85,17 @@ class OverlapCollectives(Pass):
             for earlier, later in pairwise(node for node in nodes if node.target not in OPERATORS):
                 before[later].add(earlier)
         return before
+
+    def _start_late(self, gm: fx.GraphModule) -> None:
+        """Put ``start_gradients`` right before the region that reads it: its backward then follows the region's."""
+        places = {node: place for place, node in enumerate(gm.graph.nodes)}
+        for start in calls(gm, start_gradients):
+            items = sorted(start.users, key=places.__getitem__)
+            readers = [user for item in items for user in item.users]
+            if readers:
+                first = min(readers, key=places.__getitem__)
+                for node in (start, *items):
+                    first.prepend(node)
 
     def _meanwhile(self, start: fx.Node) -> str:
         """Say which regions run while an exchange is under way."""

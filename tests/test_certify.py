@@ -22,6 +22,7 @@ from dmt_compile.ir.pass_base import PassContext
 from dmt_compile.ir.stages import Effect
 from dmt_compile.ir.tower_regions import TowerRegions
 from dmt_compile.runtime import simulated_world
+from dmt_compile.runtime.averaging import Reduction
 from dmt_compile.runtime.route import Layout
 from dmt_compile.tolerances import absolute_error, reordered_limit, ulp_error
 from tests.models import DLRM, Batch, Projected, make_batch
@@ -173,8 +174,7 @@ def test_table_gradients_without_the_mean_are_found(monkeypatch: pytest.MonkeyPa
 
 def test_dense_gradients_without_the_mean_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = small()
-    kept = staticmethod(lambda ctx, *grads: (None, None, None, *grads))
-    monkeypatch.setattr(simulated_world._Synchronize, "backward", kept)
+    monkeypatch.setattr(Reduction, "divisor", lambda self, topology: 1)
     dense = {name for name, _ in model.named_parameters() if not name.startswith("emb")}
     assert wrong(eagerly(model, batch, "1x2")) == dense
 
@@ -486,12 +486,8 @@ def towers_change_places(patch: pytest.MonkeyPatch) -> None:
 
 
 def averaged_over_the_tower(patch: pytest.MonkeyPatch) -> None:
-    backward = simulated_world._SynchronizeTower.backward
-    patch.setattr(
-        simulated_world._SynchronizeTower,
-        "backward",
-        staticmethod(lambda ctx, *grads: (*backward(ctx, *grads)[:4], *(grad / 2 for grad in grads))),
-    )
+    divisor = Reduction.divisor
+    patch.setattr(Reduction, "divisor", lambda self, ranks: 2 if self.tower >= 0 else divisor(self, ranks))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dmt_compile.config import DENSE_COMPILERS, ID_EXCHANGES, PARTITIONS, Options
+from dmt_compile.config import DENSE_COMPILERS, DENSE_REDUCTIONS, ID_EXCHANGES, PARTITIONS, Options
 from dmt_compile.errors import ConfigError, PlanError
 from dmt_compile.partition.assign import STRATEGIES, make_plan
 from dmt_compile.plan import TableSpec, TowerPlan
@@ -44,6 +44,7 @@ def test_no_options_are_the_defaults() -> None:
         {"partition": "strided", "memory_bytes": 1 << 30},
         *({"dense_compiler": name} for name in DENSE_COMPILERS),
         *({"id_exchange": name} for name in ID_EXCHANGES),
+        *({"dense_reduction": name} for name in DENSE_REDUCTIONS),
     ],
 )
 def test_valid_values_are_kept(values: dict[str, Any]) -> None:
@@ -130,6 +131,14 @@ def test_valid_values_are_kept(values: dict[str, Any]) -> None:
         (
             {"comm_dtype": {"peer": ()}},
             "options: expected a form, or one for each direction, for hop 'peer' in 'comm_dtype', found ()",
+        ),
+        (
+            {"dense_reduction": "hierarchic"},
+            "options: expected a known 'dense_reduction', found 'hierarchic'; did you mean 'hierarchical'?",
+        ),
+        (
+            {"dense_reduction": None},
+            "options: expected a known 'dense_reduction', found None; valid are 'auto', 'flat', 'hierarchical'",
         ),
         ({"timeout_s": 0}, "options: expected seconds above 0 for 'timeout_s', found 0"),
         ({"timeout_s": float("nan")}, "options: expected seconds above 0 for 'timeout_s', found nan"),

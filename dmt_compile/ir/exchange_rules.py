@@ -1,8 +1,7 @@
-"""Rules for graphs that several ranks run: placements, exchanges, gradients; each yields a sentence a breach."""
+"""Rules for graphs that several ranks run: placements, exchanges, towers; each yields a sentence a breach."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,24 +105,6 @@ def delivered(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
                 yield f"{packed.name} and {starts} disagree on the bag lengths of feature {index} that travel"
 
 
-def scaled(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
-    ranks = ctx.topology.world_size
-    averaged = {user for node in calls(gm, gradient_ops.synchronize) for user in node.users}
-    for node in calls(gm, gradient_ops.scale_gradient):
-        of_weights = isinstance(node.args[0], fx.Node) and node.args[0].target is weight_ops.pack_weights
-        of_towers = node.args[0] in averaged and {user.target for user in node.users} == {ex.run_towers}
-        expected = float(ranks) if of_weights or of_towers else 1 / ranks
-        if node.args[1] != expected:
-            yield f"{node.name} scales its gradient by {node.args[1]}, expected {expected}"
-
-
-def averaged_once(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
-    times = Counter(n.name for node in calls(gm, gradient_ops.synchronize) for n in nodes_in(node.args[0]))
-    for name, number in times.items():
-        if number > 1:
-            yield f"the gradient of {ctx.flat_names.get(name, name)} is averaged {number} times"
-
-
 def collectives(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     hops: dict[fx.Node, list[str]] = {}
     for node in calls(gm, ex.start_all_to_all):
@@ -159,17 +140,6 @@ def widths(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
             yield f"{node.name} sends ids to {owners}, expected the owners of the plan"
 
 
-def synchronized(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
-    if not (ctx.distributed and ctx.training):
-        return
-    tables = {table.placeholder for table in ctx.embedding_graph.tables}
-    for node in gm.graph.nodes:
-        held = node.op in ("placeholder", "get_attr") and node.name in ctx.parameters and node.name not in tables
-        for user in node.users if held and node.meta["val"].requires_grad else ():
-            if user.target not in (gradient_ops.synchronize, gradient_ops.synchronize_tower):
-                yield f"parameter {ctx.flat_names[node.name]} reaches {user.name} without averaging its gradient"
-
-
 def towers_apart(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for node in calls(gm, ex.run_towers):
         args: Any = node.args
@@ -187,7 +157,8 @@ def towers_apart(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
             if away:
                 yield f"{node.name} takes features {sorted(away)} in group {tower.group}, which does not hold them"
             for source in nodes_in(given[tower.region]) if tower.region >= 0 else ():
-                bucket = source.args[0] if source.args else None
-                summed = isinstance(bucket, fx.Node) and bucket.target is gradient_ops.synchronize_tower
-                if isinstance(bucket, fx.Node) and summed and bucket.args[2] != tower.group:
-                    yield f"{source.name} is summed over group {bucket.args[2]}, expected {tower.group}"
+                bucket: Any = source.args[0] if source.args else None
+                started = isinstance(bucket, fx.Node) and bucket.target is gradient_ops.start_gradients
+                summed = bucket.args[1].args[0].tower if started else tower.group
+                if summed != tower.group:
+                    yield f"{source.name} is summed over group {summed}, expected {tower.group}"

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from dmt_compile.ir.ops import operator
 from dmt_compile.runtime import world as runtime
-from dmt_compile.runtime.route import Route
+from dmt_compile.runtime.averaging import Averaging, Reduction
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -58,53 +59,86 @@ def scale_by_frequency(rows_ND: torch.Tensor, ids_N: torch.Tensor) -> torch.Tens
     return out
 
 
-@operator(lambda sizes, tensors, group: tuple(t.view_as(t) for t in tensors), collective=True)
-def synchronize(tensors: Sequence[torch.Tensor], group: str) -> tuple[torch.Tensor, ...]:
-    """Return dense parameters as they are; their gradients are averaged over all ranks in one all-reduce.
+@operator(lambda sizes, reduction: Averaging(None, reduction))
+def averaging(reduction: Reduction) -> Averaging:
+    """Return where the gradients of this forward pass are given away and taken back."""
+    return Averaging(runtime.current().world, reduction)
 
-    Cost: the parameters' bytes, twice across each link of a ring, once per backward pass.
+
+@operator(lambda sizes, tensors, averaging: tuple(t.view_as(t) for t in tensors), collective=True)
+def wait_gradients(tensors: Sequence[torch.Tensor], averaging: Averaging) -> tuple[torch.Tensor, ...]:
+    """Return parameters as they are; their backward waits for the averages of their gradients.
+
+    At the front of a program, so that autograd, which takes of what is ready the node made last, waits at the very end.
+    Ranks that do not hold the parameters get them without gradient, and take no part.
+
+    Args:
+        tensors: the parameters, bucket after bucket.
+        averaging: theirs.
+
+    Raises:
+        CollectiveError: in the backward pass, where a rank does not arrive.
+
+    Cost: see ``start_gradients``.
     """
-    world = runtime.current().world
-    return _reduce_gradients(world, "synchronize", "world", world.topology.world_size, tensors)
-
-
-def _reduce_gradients(
-    world: runtime.World, label: str, group: str, divisor: int, tensors: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    out: tuple[torch.Tensor, ...] = _ReduceGradients.apply(world, label, group, divisor, *tensors)  # type: ignore[no-untyped-call]
+    if not averaging.member:
+        return tuple(tensor.detach() for tensor in tensors)
+    averaging.open(tensors)
+    out: tuple[torch.Tensor, ...] = _WaitGradients.apply(averaging, *tensors)  # type: ignore[no-untyped-call]
     return out
 
 
-class _ReduceGradients(torch.autograd.Function):
-    """Sums gradients over the ranks of a group in one all-reduce, and divides them."""
-
+class _WaitGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, world: runtime.World, label: str, group: str, divisor: int, *tensors: torch.Tensor) -> Any:
-        ctx.saved = world, label, group, divisor
+    def forward(ctx: Any, averaging: Averaging, *tensors: torch.Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.averaging = averaging
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        world, label, group, divisor = ctx.saved
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        world.start_all_reduce(flat, label, group=group).wait()
-        flat /= divisor
-        parts = flat.split([grad.numel() for grad in grads])
-        return None, None, None, None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
+        return None, *ctx.averaging.finish()
 
 
-@operator(lambda sizes, tensors, route, group: tuple(t.view_as(t) for t in tensors), collective=True)
-def synchronize_tower(tensors: Sequence[torch.Tensor], route: Route, group: int) -> tuple[torch.Tensor, ...]:
-    """Return a tower's parameters as they are; their gradients are summed over the ranks of tower group ``group``.
+def _bucket(waited: Sequence[torch.Tensor], averaging: Averaging, bucket: int) -> tuple[torch.Tensor, ...]:
+    return tuple(waited[averaging.reduction.span(bucket)])
 
-    They carry 1 / ranks of the world already, through ``scale_gradient``. Ranks of other groups do not take part: there
-    the parameters have no gradient.
 
-    Cost: the parameters' bytes, twice across each link of a ring inside the tower, once per backward pass.
+@operator(lambda sizes, *args: tuple(t.view_as(t) for t in _bucket(*args)), collective=True)
+def start_gradients(waited: Sequence[torch.Tensor], averaging: Averaging, bucket: int) -> tuple[torch.Tensor, ...]:
+    """Return a bucket's parameters as they are; their backward gives their gradients away as soon as all are there.
+
+    In front of what first reads one of them: its backward, the last to add to their gradients, comes just before.
+
+    Args:
+        waited: what ``wait_gradients`` gave.
+        averaging: of the same.
+        bucket: which.
+
+    Cost: flat, 2 (N-1) / N of the bucket's bytes from each of N ranks to the next, some of them on other hosts;
+    hierarchical, as :func:`dmt_compile.runtime.averaging.reduce_hierarchically` says.
     """
-    if route.group != group:
-        return tuple(tensor.detach() for tensor in tensors)
-    return _reduce_gradients(runtime.current().world, "synchronize_tower", "intra", 1, tensors)
+    tensors = _bucket(waited, averaging, bucket)
+    if not averaging.member:
+        return tensors
+    out: tuple[torch.Tensor, ...] = _StartGradients.apply(averaging, bucket, *tensors)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _StartGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, averaging: Averaging, bucket: int, *tensors: torch.Tensor) -> Any:
+        ctx.saved = averaging, bucket
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        averaging, bucket = ctx.saved
+        averaging.start(bucket, grads)
+        # What wait_gradients replaces; it takes no memory.
+        return None, None, *(grad.new_zeros(()).expand(grad.shape) for grad in grads)
 
 
 @operator(lambda sizes, tensors, group: tuple(tensors), collective=True)

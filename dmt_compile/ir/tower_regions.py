@@ -81,15 +81,15 @@ class TowerRegions:
 
 
 def behind_averaging(node: fx.Node) -> fx.Node:
-    """Return the parameter or buffer that a node is, where it passed through ``synchronize`` or the like."""
+    """Return the parameter or buffer that a node is, where it passed through ``start_gradients`` or the like."""
     bucket = node.args[0] if node.target is operator.getitem else None
-    if isinstance(bucket, fx.Node) and bucket.target in (
-        gradient_ops.synchronize,
-        gradient_ops.synchronize_tower,
-        gradient_ops.broadcast_buffers,
-    ):
+    if isinstance(bucket, fx.Node) and bucket.target is gradient_ops.broadcast_buffers:
         passed: Any = bucket.args[0]
         return cast(fx.Node, passed[node.args[1]])
+    if isinstance(bucket, fx.Node) and bucket.target is gradient_ops.start_gradients:
+        start: Any = bucket.args
+        waited, averaging, number = start
+        return cast(fx.Node, waited.args[0][averaging.args[0].span(number)][node.args[1]])
     return node
 
 
@@ -102,11 +102,15 @@ def held_by_one_group(gm: fx.GraphModule, ctx: PassContext) -> dict[fx.Node, int
         for tower in towers:
             for node in given[tower.region] if tower.region >= 0 else ():
                 groups.setdefault(behind_averaging(node), set()).add(tower.group)
-    inside = (ex.run_towers, gradient_ops.synchronize_tower)
+
+    def inside(user: Any) -> bool:
+        waits = user.target is gradient_ops.wait_gradients
+        return user.target is ex.run_towers or (waits and user.args[1].args[0].tower >= 0)
+
     return {
         node: groups[node].pop()
         for node in list(groups)
-        if node.name in ctx.parameters and len(groups[node]) == 1 and all(u.target in inside for u in node.users)
+        if node.name in ctx.parameters and len(groups[node]) == 1 and all(map(inside, node.users))
     }
 
 

@@ -13,6 +13,7 @@ from torch import fx
 
 from dmt_compile.errors import VerifyError
 from dmt_compile.ir import exchange_rules as exchange
+from dmt_compile.ir import gradient_rules as gradient
 from dmt_compile.ir import graph_rules as graph
 from dmt_compile.ir.pass_base import PassContext
 from dmt_compile.ir.stages import Stage
@@ -84,13 +85,25 @@ RULES: tuple[Rule, ...] = (
         "scaled",
         Stage.DISTRIBUTED,
         "Gradients carry 1 / ranks to tables, and lose it on the way to weights.",
-        exchange.scaled,
+        gradient.scaled,
     ),
     Rule(
         "averaged-once",
         Stage.DISTRIBUTED,
         "No dense gradient is averaged twice.",
-        exchange.averaged_once,
+        gradient.averaged_once,
+    ),
+    Rule(
+        "started-and-waited",
+        Stage.DISTRIBUTED,
+        "Gradients start once, bucket by bucket of one type, and are waited for once, together.",
+        gradient.started_and_waited,
+    ),
+    Rule(
+        "waited-last",
+        Stage.DISTRIBUTED,
+        "What waits for gradients is the first to run, so that its backward is the last.",
+        gradient.waited_last,
     ),
     Rule(
         "collectives",
@@ -110,7 +123,7 @@ RULES: tuple[Rule, ...] = (
         "Tower Modules run where their features are, send what is exchanged, pass gradients on, and are summed there.",
         exchange.towers_apart,
     ),
-    Rule("synchronized", Stage.LOWERED, "Every trained dense parameter's gradient is averaged.", exchange.synchronized),
+    Rule("synchronized", Stage.LOWERED, "Every trained dense parameter's gradient is averaged.", gradient.synchronized),
     Rule("fused", Stage.LOWERED, "No lookup is left alone.", graph.fused),
     Rule("regions", Stage.LOWERED, "Dense computation is inside dense regions.", graph.regions),
 )

@@ -20,6 +20,7 @@ from dmt_compile.ir import gradient_ops, id_ops
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.ir.stages import Stage
 from dmt_compile.plan import TableSpec, TowerPlan
+from dmt_compile.runtime import simulated_gradients
 from dmt_compile.runtime.program import fingerprint
 from dmt_compile.runtime.route import Route
 from dmt_compile.runtime.session import Passes, Session, attach_towers, guard_towers, next_dump, plan_for
@@ -234,17 +235,11 @@ class _LockstepProgram:
             return [ex.InFlight(tensor, None) for tensor in received]
         if target is ex.wait_all_to_all:
             return [rank_args[0].stand_in for rank_args in args]
-        if target is gradient_ops.synchronize:
-            return [_Synchronize.apply(self.topology, r, self.ledger, *a[0]) for r, a in enumerate(args)]  # type: ignore[no-untyped-call]
-        if target is gradient_ops.synchronize_tower:
-            return [self._tower_parameters(rank, *rank_args) for rank, rank_args in enumerate(args)]
+        if target is gradient_ops.wait_gradients:
+            return [simulated_gradients.wait_gradients(*rank_args) for rank_args in args]
+        if target is gradient_ops.start_gradients:
+            return list(simulated_gradients.start_gradients(args, self.topology, self.ledger))
         return [rank_args[0] for rank_args in args]  # broadcast_buffers: the ranks share one model
-
-    def _tower_parameters(self, rank: int, tensors: Sequence[torch.Tensor], route: Any, group: int) -> Any:
-        if route.group != group:
-            return tuple(tensor.detach() for tensor in tensors)
-        members = route.layout.topology.intra_ranks(rank)
-        return _SynchronizeTower.apply(self.topology, rank, members, self.ledger, *tensors)  # type: ignore[no-untyped-call]
 
     def _headers(self, args: list[tuple[Any, ...]]) -> list[torch.Tensor]:
         sent = [rank_args[0] for rank_args in args]
@@ -300,37 +295,3 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return None, *ctx.transfer.move([grad.contiguous() for grad in grads], backward=True)
-
-
-class _Synchronize(torch.autograd.Function):
-    """The ranks share one parameter, so autograd adds their gradients up; the mean is left to do."""
-
-    @staticmethod
-    def forward(ctx: Any, topology: Topology, rank: int, ledger: Ledger, *tensors: torch.Tensor) -> Any:
-        ctx.saved = topology, rank, ledger
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        topology, rank, ledger = ctx.saved
-        members = range(topology.world_size)
-        ledger.add_all_reduce("synchronize", topology, rank, sum(grad.nbytes for grad in grads), members)
-        return None, None, None, *(grad / topology.world_size for grad in grads)
-
-
-class _SynchronizeTower(torch.autograd.Function):
-    """The ranks of a tower share one parameter, so autograd adds their gradients up; what is sent is recorded."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, topology: Topology, rank: int, members: Sequence[int], ledger: Ledger, *tensors: torch.Tensor
-    ) -> Any:
-        ctx.saved = topology, rank, members, ledger
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        topology, rank, members, ledger = ctx.saved
-        sent = sum(grad.nbytes for grad in grads)
-        ledger.add_all_reduce("synchronize_tower", topology, rank, sent, members)
-        return None, None, None, None, *grads

@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from dmt_compile import torch_internals
 from dmt_compile.errors import CollectiveError
+from dmt_compile.runtime.chains import Chains
+from dmt_compile.runtime.route import ID_HOPS
 from dmt_compile.topology import Topology
 
 
@@ -83,7 +85,8 @@ class World(Protocol):
     """What a running program asks of the ranks around it.
 
     Groups: ``world``, all ranks; ``intra``, those of this rank's tower group, and ``peer``, those with its place in
-    every tower group; ``host``, those of its host, and ``across``, those with its local rank on every host.
+    every tower group; ``host``, those of its host, ``across``, those with its local rank on every host, and ``across
+    tower``, those with its local rank on the hosts of its tower. Chains alone use the last three.
     """
 
     topology: Topology
@@ -101,14 +104,24 @@ class World(Protocol):
     ) -> Pending:
         """Start to sum a tensor over the ranks of ``group``, in place; or to take the maximum."""
 
+    def start_exchange(self, sent: torch.Tensor, label: str, group: str) -> Pending:
+        """Start to send equal slices of a 1-D gradient to the ranks of ``group``, and to receive theirs."""
+
+    def start_gather(self, part: torch.Tensor, label: str, group: str) -> Pending:
+        """Start to collect a 1-D gradient of which each rank of ``group`` has an equal part, in their order."""
+
+    def start_chain(self, chain: Callable[[], None], filled: torch.Tensor, label: str) -> Pending:
+        """Start collectives that follow upon each other and fill a tensor, beside what the caller goes on to do."""
+
     def broadcast(self, tensor: torch.Tensor, label: str) -> None:
         """Overwrite a tensor with rank 0's."""
 
 
 # The pass that puts a collective into a program, by the collective's name.
 _PASSES = {
-    **dict.fromkeys(("exchange_headers", "ids", "weights", "intra", "peer"), "lower_to_sptt"),
-    **dict.fromkeys(("synchronize", "synchronize_tower", "broadcast_buffers"), "sync_dense_gradients"),
+    **dict.fromkeys(("exchange_headers", "intra", "peer"), "lower_to_sptt"),
+    **{what + hop: "lower_to_sptt" for what in ("ids", "weights") for way in ID_HOPS.values() for hop, _ in way},
+    **dict.fromkeys(("dense_gradients", "tower_gradients", "broadcast_buffers"), "sync_dense_gradients"),
 }
 
 
@@ -149,15 +162,25 @@ class ProcessWorld:
         timeout = timedelta(seconds=limit_s)
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._members: dict[str, tuple[int, ...]] = {}
-        made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
-        for name, members in (
-            ("intra", [grouped.intra_ranks(h * grouped.local_ranks) for h in range(grouped.hosts)]),
-            ("peer", [grouped.peer_ranks(local) for local in range(grouped.local_ranks)]),
-            ("world", [tuple(range(grouped.world_size))]),
-            ("host", [topology.intra_ranks(h * topology.local_ranks) for h in range(topology.hosts)]),
-            ("across", [topology.peer_ranks(local) for local in range(topology.local_ranks)]),
-        ):
-            for ranks in members:
+        self._chains = Chains(self.device)
+        span = grouped.local_ranks // topology.local_ranks  # hosts of a tower group
+        across = [topology.peer_ranks(local) for local in range(topology.local_ranks)]
+        parts = [ranks[first : first + span] for ranks in across for first in range(0, topology.hosts, span)]
+        own: dict[str, list[tuple[int, ...]]] = {
+            "intra": [grouped.intra_ranks(h * grouped.local_ranks) for h in range(grouped.hosts)],
+            "peer": [grouped.peer_ranks(local) for local in range(grouped.local_ranks)],
+            "world": [tuple(range(grouped.world_size))],
+        }
+        of_chains: dict[str, list[tuple[int, ...]]] = {
+            "host": [topology.intra_ranks(h * topology.local_ranks) for h in range(topology.hosts)],
+            "across": across,
+            "across tower": parts if 1 < span < topology.hosts else [],
+        }
+        for groups in (own, of_chains):  # chains have an order of their own, so their groups are others
+            made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+            for name, ranks in ((name, ranks) for name, members in groups.items() for ranks in members):
+                if groups is of_chains and len(ranks) == 1:
+                    continue
                 if ranks not in made:
                     made[ranks] = dist.new_group(list(ranks), timeout=timeout)
                 group = made[ranks]
@@ -190,6 +213,29 @@ class ProcessWorld:
         self.ledger.add_all_reduce(label, self.topology, self.rank, tensor.nbytes, self._members[group])
         return Pending(tensor, lambda: self._finish(work, label, group, "backward"))
 
+    def start_exchange(self, sent: torch.Tensor, label: str, group: str) -> Pending:
+        received = torch.empty_like(sent)
+        with self._named(label, group):
+            work = dist.all_to_all_single(received, sent, group=self._groups[group], async_op=True)
+        self._record(label, group, sent.nbytes // len(self._members[group]))
+        return Pending(received, lambda: self._finish(work, label, group))
+
+    def start_gather(self, part: torch.Tensor, label: str, group: str) -> Pending:
+        gathered = part.new_empty(part.numel() * len(self._members[group]))
+        with self._named(label, group):
+            work = torch_internals.all_gather_single(gathered, part, self._groups[group])
+        self._record(label, group, part.nbytes)
+        return Pending(gathered, lambda: self._finish(work, label, group))
+
+    def start_chain(self, chain: Callable[[], None], filled: torch.Tensor, label: str) -> Pending:
+        finish = self._chains.start(chain, filled)
+        return Pending(filled, lambda: self._timed(finish, label, "backward"))
+
+    def _record(self, label: str, group: str, sent_bytes: int) -> None:
+        """Record what goes to each other rank of a group in the backward pass."""
+        for target in self._members[group]:
+            self.ledger.add(label, "backward", self.topology, self.rank, target, sent_bytes)
+
     def broadcast(self, tensor: torch.Tensor, label: str) -> None:
         with self._named(label, "world"):
             work = dist.broadcast(tensor, src=0, group=self._groups["world"], async_op=True)
@@ -205,14 +251,18 @@ class ProcessWorld:
                     work = dist.irecv(tensor, source, group=self._groups["world"])
             self._finish(work, label, "world", "forward")
 
-    def _finish(self, work: Any, label: str, group: str, direction: str) -> None:
-        """Wait for a collective."""
+    def _finish(self, work: Any, label: str, group: str, direction: str | None = None) -> None:
+        """Wait for a collective; ``direction``: of the pass that waits, where one does."""
         with self._named(label, group):
             if dist.get_backend(self._groups[group]) == "nccl":
                 work.wait()  # ordered on the stream; NCCL's own watchdog holds the deadline
-                return
-            start = time.perf_counter()
-            work.wait(timedelta(seconds=self.limit_s))
+            else:
+                self._timed(lambda: work.wait(timedelta(seconds=self.limit_s)), label, direction)
+
+    def _timed(self, wait: Callable[[], Any], label: str, direction: str | None) -> None:
+        start = time.perf_counter()
+        wait()
+        if direction is not None and self.device.type == "cpu":
             self.waited_s[label, direction] += time.perf_counter() - start
 
     @contextmanager

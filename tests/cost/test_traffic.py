@@ -297,7 +297,7 @@ def test_tower_modules_send_what_the_plan_says(topology: str, options: dict[str,
     explained = dmt_compile.explain(model, batches[0], topology, **options)
     assert explained.bytes_per_link["sptt+tm"] == bytes_per_link(explained.plan, sizes[0])["sptt+tm"]
     # Tower Modules' gradients stay among their tower's ranks: with one tower a host, inside it.
-    across = world.ledger.records["synchronize_tower", "backward", "cross"]
+    across = world.ledger.records["tower_gradients", "backward", "cross"]
     assert (across > 0) == (topology == "4x1")
 
 

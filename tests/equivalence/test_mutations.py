@@ -32,7 +32,8 @@ from dmt_compile.passes.pool_sequences import PoolSequences
 from dmt_compile.passes.split_field_tables import SplitFieldTables
 from dmt_compile.passes.sync_dense_gradients import SyncDenseGradients
 from dmt_compile.plan import TowerPlan
-from dmt_compile.runtime import route, simulated_world
+from dmt_compile.runtime import route, simulated_gradients
+from dmt_compile.runtime.averaging import Reduction
 from dmt_compile.runtime.regions import DenseRegion
 from dmt_compile.runtime.tables import Block, ShardedTable
 from dmt_compile.tolerances import absolute_error, magnitude, reordered_limit
@@ -425,7 +426,32 @@ def gradients_of_weights_keep_the_mean(patch: Patch) -> None:
 
 @mutation("bags", r"gradient of bottom\.0\.weight differs")
 def gradients_of_dense_parameters_are_summed(patch: Patch) -> None:
-    patch.setattr(simulated_world._Synchronize, "backward", staticmethod(lambda ctx, *grads: (None,) * 3 + grads))
+    patch.setattr(Reduction, "divisor", lambda self, topology: 1)
+
+
+@mutation("bags", r"gradient of bottom\.0\.weight differs")
+def dense_gradients_of_one_host_count(patch: Patch) -> None:
+    add_up = simulated_gradients.add_up
+    patch.setattr(simulated_gradients, "add_up", lambda parts: add_up(parts[:1]))
+
+
+@mutation("bags", r"gradient of bottom\.0\.weight differs")
+def dense_gradients_are_taken_from_other_places(patch: Patch) -> None:
+    unflatten = simulated_gradients.unflatten
+    patch.setattr(simulated_gradients, "unflatten", lambda flat, shapes: unflatten(flat.roll(1), shapes))
+
+
+@mutation("bags", "VerifyError: .*found rule 'started-and-waited' broken")
+def a_bucket_starts_in_place_of_another(patch: Patch) -> None:
+    call = PassContext.call
+
+    def first_bucket(self: PassContext, gm: fx.GraphModule, target: Any, *args: Any, **named: Any) -> fx.Node:
+        if target is gradient_ops.start_gradients:
+            args = (*args[:2], 0)
+        return call(self, gm, target, *args, **named)
+
+    patch.setattr(PassContext, "call", first_bucket)
+    patch.setattr(SyncDenseGradients, "_replace", lambda self, *args: None)
 
 
 @mutation("pooled", r"gradient of often\.weight differs")
@@ -641,7 +667,7 @@ def peers_are_ordered_by_rank(patch: Patch) -> None:
 
 @mutation("bags", "VerifyError: .*found rule 'synchronized' broken")
 def dense_gradients_are_not_averaged(patch: Patch) -> None:
-    patch.setattr(SyncDenseGradients, "_buckets", lambda self, nodes: [])
+    patch.setattr(SyncDenseGradients, "_average", lambda self, *args: "nothing")
 
 
 @mutation("two_features_on_a_rank", "output 0 differs")

@@ -22,6 +22,7 @@ from dmt_compile.ir.metadata import describe
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.kernels.batched_lookup.reference import Pooling
 from dmt_compile.runtime import checks
+from dmt_compile.runtime.averaging import Averaging
 from dmt_compile.runtime.route import AT_ONCE, HEADER_FIELDS, IdExchange, Layout, Route, make_layout
 from dmt_compile.runtime.simulated_world import SimulatedWorld, _AllToAll, _LockstepProgram, _SimulatedRank, _Transfer
 from dmt_compile.runtime.world import Execution, Ledger, executing
@@ -53,6 +54,8 @@ class Agreement:
             self.size(recorded.global_batch_size, real.global_batch_size)
         elif isinstance(real, Layout):
             assert recorded == real
+        elif isinstance(real, Averaging):
+            assert recorded.reduction == real.reduction
         elif isinstance(real, int):
             self.size(recorded, real)
         elif isinstance(real, nn.Module):
@@ -116,10 +119,8 @@ def comparing(seen: set[Callable[..., Any]]) -> Callable[[_LockstepProgram, Sequ
                     assert result.shape == (0, 0)  # another rank owns the table
                     continue
                 bucket = node.args[0] if node.target is operator.getitem else node
-                if (
-                    bucket.target is gradient_ops.synchronize_tower
-                    and values[rank][bucket.args[1]].group != bucket.args[2]
-                ):
+                travels = bucket.target in (gradient_ops.wait_gradients, gradient_ops.start_gradients)
+                if travels and not values[rank][bucket.args[1]].member:
                     tensors = [result] if isinstance(result, torch.Tensor) else result
                     assert not any(tensor.requires_grad for tensor in tensors)  # another tower's ranks train them
                     continue

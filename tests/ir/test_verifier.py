@@ -20,6 +20,7 @@ from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import gradient_ops, id_ops, ops, verifier
 from dmt_compile.ir.pass_base import Pass, calls, placeholders
 from dmt_compile.ir.stages import Effect, Stage
+from dmt_compile.ir.tower_regions import behind_averaging
 from dmt_compile.ir.verifier import RULES, verify
 from dmt_compile.kernels.batched_lookup.reference import Pooling
 from dmt_compile.partition.assign import make_plan
@@ -71,6 +72,14 @@ def again(graph: Captured) -> None:
     """Derive the metadata of all nodes anew."""
     with torch.set_grad_enabled(graph.ctx.training):
         graph.ctx.environment.annotate(graph.gm)
+
+
+def average_again(graph: Captured, parameter: fx.Node) -> fx.Node:
+    wait = graph.node(gradient_ops.wait_gradients)
+    averaging = insert(graph, wait, gradient_ops.averaging, wait.args[1].args[0]._replace(buckets=(1,)))
+    again = insert(graph, wait, gradient_ops.wait_gradients, [parameter], averaging)
+    insert(graph, output(graph), gradient_ops.start_gradients, again, averaging, 0)
+    return again
 
 
 def output(graph: Captured) -> fx.Node:
@@ -166,9 +175,7 @@ def a_table_read_by_something_else(graph: Captured) -> str:
 
 @fault("tables", "2x2", "sync_dense_gradients")
 def a_table_s_gradient_that_is_averaged(graph: Captured) -> str:
-    averaged = insert(
-        graph, graph.node(gradient_ops.synchronize), gradient_ops.synchronize, [graph.input("emb.2.weight")], "world"
-    )
+    averaged = average_again(graph, graph.input("emb.2.weight"))
     return f"table emb.2 is read by {averaged.name}, which is no lookup"
 
 
@@ -278,8 +285,8 @@ def a_tower_that_passes_no_gradient_on(graph: Captured) -> str:
 
 @fault("towers-apart", "2x2", "sync_dense_gradients", **TOWERS)
 def a_tower_summed_over_another_group(graph: Captured) -> str:
-    together = graph.node(gradient_ops.synchronize_tower)
-    together.update_arg(2, 1 - together.args[2])  # type: ignore[operator]
+    averaging = next(n for n in calls(graph.gm, gradient_ops.averaging) if n.args[0].tower == 0)
+    averaging.update_arg(0, averaging.args[0]._replace(tower=1))
     return "is summed over group 1, expected 0"
 
 
@@ -418,9 +425,86 @@ def a_gradient_that_is_not_scaled(graph: Captured) -> str:
 
 @fault("averaged-once", "2x2", "sync_dense_gradients")
 def a_gradient_that_is_averaged_twice(graph: Captured) -> str:
-    once = graph.node(gradient_ops.synchronize)
-    insert(graph, once.next, gradient_ops.synchronize, list(once.args[0])[:1], "world")
+    once = graph.node(gradient_ops.wait_gradients)
+    average_again(graph, once.args[0][0])
     return f"the gradient of {graph.ctx.flat_names[once.args[0][0].name]} is averaged 2 times"
+
+
+@fault("started-and-waited", "2x2", "sync_dense_gradients")
+def a_gradient_that_is_waited_for_but_never_starts(graph: Captured) -> str:
+    start = graph.node(gradient_ops.start_gradients)
+    for item in list(start.users):
+        item.replace_all_uses_with(behind_averaging(item))
+        graph.gm.graph.erase_node(item)
+    graph.gm.graph.erase_node(start)
+    return f"bucket {start.args[2]} of averaging is started 0 times, expected 1"
+
+
+@fault("started-and-waited", "2x2", "sync_dense_gradients")
+def a_gradient_that_starts_twice(graph: Captured) -> str:
+    start = graph.node(gradient_ops.start_gradients)
+    insert(graph, start, gradient_ops.start_gradients, *start.args)
+    return f"bucket {start.args[2]} of averaging is started 2 times, expected 1"
+
+
+@fault("started-and-waited", "2x2", "sync_dense_gradients")
+def a_gradient_that_starts_and_is_not_waited_for(graph: Captured) -> str:
+    wait = graph.node(gradient_ops.wait_gradients)
+    averaging = insert(graph, wait, gradient_ops.averaging, wait.args[1].args[0])
+    start = graph.node(gradient_ops.start_gradients)
+    start.update_arg(1, averaging)
+    return "averaging_1 is waited for 0 times, expected 1"
+
+
+@fault("started-and-waited", "2x2", "sync_dense_gradients")
+def gradients_that_are_waited_for_twice(graph: Captured) -> str:
+    wait = graph.node(gradient_ops.wait_gradients)
+    insert(graph, wait, gradient_ops.wait_gradients, [], wait.args[1])
+    return "averaging is waited for 2 times, expected 1"
+
+
+@fault("started-and-waited", "2x2", "sync_dense_gradients")
+def gradients_that_are_waited_for_and_read_before_they_start(graph: Captured) -> str:
+    wait = graph.node(gradient_ops.wait_gradients)
+    item = insert(graph, wait.next, operator.getitem, wait, 0)
+    return f"{item.name} reads what waits for gradients that it does not start"
+
+
+@fault("started-and-waited", "2x2", "sync_dense_gradients")
+def gradients_that_start_without_passing_a_wait(graph: Captured) -> str:
+    start = graph.node(gradient_ops.start_gradients)
+    waited = start.args[0]
+    direct = insert(graph, waited, gradient_ops.broadcast_buffers, list(waited.args[0]), "world")
+    start.update_arg(0, direct)
+    return f"{start.name} reads {direct.name}, which does not wait for gradients"
+
+
+@fault("started-and-waited", "2x2", "sync_dense_gradients")
+def buckets_that_leave_a_parameter_out(graph: Captured) -> str:
+    wait = graph.node(gradient_ops.wait_gradients)
+    wait.update_arg(0, [*wait.args[0], insert(graph, wait, operator.getitem, graph.input("top.0.bias"), 0)])
+    wait.meta["val"] = graph.ctx.environment.derive(wait, graph.gm)
+    return "wait_gradients holds 9 parameters, its buckets 8"
+
+
+@fault("started-and-waited", "2x2", "sync_dense_gradients")
+def a_bucket_of_two_element_types(graph: Captured) -> str:
+    wait = graph.node(gradient_ops.wait_gradients)
+    averaging = wait.args[1]
+    averaging.update_arg(0, averaging.args[0]._replace(buckets=(4, 5)))
+    averaging.meta["val"] = graph.ctx.environment.derive(averaging, graph.gm)
+    offset = insert(graph, wait, operator.getitem, graph.node(id_ops.pack_ids).args[1][0], 0)
+    wait.update_arg(0, [*wait.args[0], offset])
+    for node in (wait, *wait.users):
+        node.meta["val"] = graph.ctx.environment.derive(node, graph.gm)
+    return r"bucket 1 of wait_gradients holds torch\.float32 and torch\.int64"
+
+
+@fault("waited-last", "2x2", "sync_dense_gradients")
+def gradients_that_are_waited_for_before_others_are_computed(graph: Captured) -> str:
+    wait = graph.node(gradient_ops.wait_gradients)
+    earlier = insert(graph, wait, torch.neg, graph.input("top.0.bias"))
+    return f"wait_gradients stands behind {earlier.name}, so that its backward waits before that of {earlier.name}"
 
 
 @fault("collectives", "2x2", "lower_to_sptt")
@@ -476,10 +560,10 @@ def ids_sent_to_others_than_the_owners(graph: Captured) -> str:
 
 @fault("synchronized", "2x2", "compile_dense_regions")
 def a_gradient_that_is_not_averaged(graph: Captured) -> str:
-    synchronize = graph.node(gradient_ops.synchronize)
-    item = next(iter(synchronize.users))
+    start = graph.node(gradient_ops.start_gradients)
+    item = next(iter(start.users))
     (region,) = item.users
-    parameter = synchronize.args[0][item.args[1]]
+    parameter = behind_averaging(item)
     region.replace_input_with(item, parameter)
     return f"parameter {graph.ctx.flat_names[parameter.name]} reaches {region.name} without averaging its gradient"
 

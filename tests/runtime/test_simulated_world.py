@@ -12,6 +12,7 @@ from torch import nn
 
 import dmt_compile
 from dmt_compile import SimulatedWorld
+from dmt_compile.cost.gradients import gradient_traffic
 from dmt_compile.cost.traffic import embedding_traffic
 from dmt_compile.errors import BatchError, CollectiveError, ConfigError
 from tests._tolerances import assert_reordered
@@ -113,10 +114,14 @@ def test_the_ledger_holds_every_collective_of_a_ragged_step(topology: str, tower
     found = {key: sent for key, sent in world.ledger.records.items() if key[0] in names.values()}
     assert found == expected
     rest = {key: sent for key, sent in world.ledger.records.items() if key not in found}
-    assert {collective for collective, _, _ in rest} == {"exchange_headers", "synchronize"}
-    dense_bytes = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("emb."))
-    around_the_ring = sum(sent for (collective, _, _), sent in rest.items() if collective == "synchronize")
-    assert around_the_ring == ranks * (2 * dense_bytes * (ranks - 1) // ranks)
+    assert {collective for collective, _, _ in rest} == {"exchange_headers", "dense_gradients"}
+    hierarchical = shape.hosts > 1 and shape.local_ranks > 1
+    hops = [
+        gradient_traffic(shape, sum(p.numel() for p in layers.parameters()), 4, hierarchical)
+        for layers in (model.bottom, model.top)
+    ]
+    for link, sent in (("intra", sum(h.intra_bytes for h in hops)), ("cross", sum(h.cross_bytes for h in hops))):
+        assert rest.get(("dense_gradients", "backward", link), 0) == sent
     if shape.local_ranks == 1:
         assert world.ledger.bytes_per_link()["intra"] == 0
     if shape.hosts == 1:

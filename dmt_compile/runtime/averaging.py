@@ -1,0 +1,192 @@
+"""The way of dense gradients: added up bucket by bucket, beside the backward pass.
+
+A program gives a bucket's gradients away as soon as they exist (:meth:`Averaging.start`) and takes all of them back at
+the end of its backward pass (:meth:`Averaging.finish`).
+
+Shape suffixes: P elements of a bucket, padded so that every rank has an equal part.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from dmt_compile import torch_internals
+from dmt_compile.runtime.world import Pending, World
+from dmt_compile.topology import Topology
+
+
+class Reduction(NamedTuple):
+    """How the gradients of a set of parameters are added up; the same on every rank.
+
+    Args:
+        tower: the tower group whose ranks alone hold the parameters; -1 where all ranks do.
+        hosts: number of hosts that hold them: all, or those of a tower.
+        hierarchical: in the host, then among the ranks with the same local rank, then in the host again; otherwise in
+            one all-reduce.
+        wire_dtype: element type between hosts, for a hierarchical reduction; ``None``: the gradients' own. Nothing is
+            sent in a type that is not smaller than the gradients' own.
+        buckets: the number of parameters of each, in the order in which they leave.
+    """
+
+    tower: int
+    hosts: int
+    hierarchical: bool
+    wire_dtype: str | None
+    buckets: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """What ledger and errors call it."""
+        return "dense_gradients" if self.tower < 0 else "tower_gradients"
+
+    def members(self, topology: Topology) -> range:
+        """The ranks that hold the parameters."""
+        count = self.hosts * topology.local_ranks
+        first = max(self.tower, 0) * count
+        return range(first, first + count)
+
+    def divisor(self, topology: Topology) -> int:
+        """What the sum is divided by; gradients of a tower carry 1 / ranks already."""
+        return topology.world_size if self.tower < 0 else 1
+
+    def padding(self, topology: Topology, elements: int) -> int:
+        """Return how many elements a bucket lacks for equal parts on every rank."""
+        return -elements % (self.hosts * topology.local_ranks) if self.hierarchical else 0
+
+    def wire(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the element type between hosts of gradients of ``dtype``."""
+        wire = dtype if self.wire_dtype is None else getattr(torch, self.wire_dtype)
+        return wire if wire.itemsize < dtype.itemsize else dtype
+
+    def span(self, bucket: int) -> slice:
+        """Return the places of a bucket's parameters among all of them."""
+        first = sum(self.buckets[:bucket])
+        return slice(first, first + self.buckets[bucket])
+
+
+def flatten(gradients: Sequence[torch.Tensor], padding: int) -> torch.Tensor:
+    """Return gradients of one type side by side, (P,), with zeros behind them."""
+    parts = [gradient.detach().reshape(-1) for gradient in gradients]
+    return torch.cat([*parts, parts[0].new_zeros(padding)])
+
+
+def unflatten(flat_P: torch.Tensor, shapes: Sequence[torch.Size]) -> list[torch.Tensor]:
+    """Return the gradients that lie side by side in ``flat_P``, as views."""
+    sizes = [shape.numel() for shape in shapes]
+    parts = flat_P[: sum(sizes)].split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def add_up(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the sum in the order given, in float32 or what is wider: the same bits whoever adds."""
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    return functools.reduce(torch.Tensor.add_, parts[1:], parts[0].to(wide, copy=True))
+
+
+def reduce_hierarchically(world: World, flat_P: torch.Tensor, reduction: Reduction) -> None:
+    """Replace ``flat_P`` by the sum over all members, divided; the stages follow upon each other.
+
+    Reduce-scatter in the host, all-reduce of the part among the ranks with the same local rank, all-gather in the host.
+    Sums are made by hand from an all-to-all: in a fixed order, in float32, and where transports have no reduce-scatter
+    or make one of an all-reduce. Between hosts an element may be rounded twice: before it is sent, and the sum; each
+    sum is made on one rank and sent to the others, so that replicas stay equal bit by bit.
+
+    Cost: with L local ranks and H hosts each rank sends 2 (L-1) / L of the bytes inside its host, and
+    2 (H-1) / H of 1 / L of them to other hosts.
+    """
+    topology, label = world.topology, reduction.label
+    wire = reduction.wire(flat_P.dtype)
+    across = "across" if reduction.tower < 0 else "across tower"
+
+    def scattered(sent: torch.Tensor, group: str, members: int) -> torch.Tensor:
+        received = sent if members == 1 else world.start_exchange(sent, label, group).wait()
+        return add_up(received.chunk(members))
+
+    def gathered(part: torch.Tensor, group: str, members: int) -> torch.Tensor:
+        return part if members == 1 else world.start_gather(part, label, group).wait()
+
+    part = scattered(flat_P, "host", topology.local_ranks)
+    part /= reduction.divisor(topology)
+    if reduction.hosts > 1:
+        part = gathered(scattered(part.to(wire), across, reduction.hosts).to(wire), across, reduction.hosts)
+    flat_P.copy_(gathered(part.to(flat_P.dtype), "host", topology.local_ranks))
+
+
+class Averaging:
+    """The gradients of one forward pass, on their way.
+
+    Buckets leave in their order, whichever is ready first: ranks whose towers differ may be ready in different orders,
+    and collectives must not. A bucket that got no gradient leaves last, as zeros: another rank may have some.
+
+    Args:
+        world: the ranks; ``None`` on fake tensors.
+        reduction: how.
+    """
+
+    def __init__(self, world: World | None, reduction: Reduction) -> None:
+        self._world = world
+        self.reduction = reduction
+        self._templates: Sequence[torch.Tensor] = ()
+        self._backward = -1
+        self._ready: dict[int, torch.Tensor] = {}
+        self._sent: list[Pending] = []
+
+    @property
+    def member(self) -> bool:
+        """This rank holds the parameters."""
+        assert self._world is not None
+        return self._world.rank in self.reduction.members(self._world.topology)
+
+    def open(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Remember what the gradients look like, bucket after bucket."""
+        self._templates = [p.detach().new_empty(()).expand(p.shape) for p in parameters]
+
+    def start(self, bucket: int, gradients: Sequence[torch.Tensor]) -> None:
+        """Give a bucket's gradients away; they leave once all buckets before them have left."""
+        assert self._world is not None
+        self._of_this_backward()
+        elements = sum(gradient.numel() for gradient in gradients)
+        self._ready[bucket] = flatten(gradients, self.reduction.padding(self._world.topology, elements))
+        while len(self._sent) in self._ready:
+            self._sent.append(self._leave(self._world, self._ready.pop(len(self._sent))))
+
+    def finish(self) -> list[torch.Tensor]:
+        """Wait for all gradients and return them, bucket after bucket.
+
+        Raises:
+            CollectiveError: a rank did not arrive within the time limit, or broke off.
+        """
+        assert self._world is not None
+        self._of_this_backward()
+        for bucket in range(len(self.reduction.buckets)):
+            if bucket >= len(self._sent) and bucket not in self._ready:
+                self.start(bucket, [torch.zeros_like(t) for t in self._templates[self.reduction.span(bucket)]])
+        gradients: list[torch.Tensor] = []
+        for bucket, pending in enumerate(self._sent):
+            flat_P = pending.wait()
+            if not self.reduction.hierarchical:
+                flat_P /= self.reduction.divisor(self._world.topology)
+            gradients += unflatten(flat_P, [t.shape for t in self._templates[self.reduction.span(bucket)]])
+        self._backward = -1
+        return gradients
+
+    def _leave(self, world: World, flat_P: torch.Tensor) -> Pending:
+        if flat_P.numel() == 0:
+            return Pending(flat_P)
+        if self.reduction.hierarchical:
+            return world.start_chain(
+                lambda: reduce_hierarchically(world, flat_P, self.reduction), flat_P, self.reduction.label
+            )
+        group = "world" if self.reduction.tower < 0 else "intra"
+        return world.start_all_reduce(flat_P, self.reduction.label, group=group)
+
+    def _of_this_backward(self) -> None:
+        """Forget a backward pass that broke off."""
+        current = torch_internals.backward_pass()
+        if current != self._backward:
+            self._backward = current
+            self._ready, self._sent = {}, []
