@@ -73,6 +73,7 @@ class Options:
     max_imbalance: float | None = None
     memory_bytes: int | None = None
     split_columns: bool = False
+    split_rows: bool = False
     tower_module: str | Callable[..., Any] | None = None
     tower_module_options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -112,7 +113,7 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
                 raise ConfigError(f"options: expected seconds above 0 for {name!r}, found {value!r}")
-        for name in ("check_ids", "split_columns", "strict", "verify"):
+        for name in ("check_ids", "split_columns", "split_rows", "strict", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"options: expected True or False for {name!r}, found {getattr(self, name)!r}")
         if not isinstance(self.plan, TowerPlan | str | Path | None):
@@ -156,7 +157,7 @@ class Options:
             raise ConfigError(f"options: expected a number of at least 1 for 'max_imbalance', found {limit!r}")
         if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
             raise ConfigError(f"options: expected bytes above 0 for 'memory_bytes', found {memory!r}")
-        for name in ("memory_bytes", "split_columns"):
+        for name in ("memory_bytes", "split_columns", "split_rows"):
             if self.plan is not None and getattr(self, name):
                 raise ConfigError(f"options: expected 'plan' alone, found it beside {name!r}; drop one of them")
         if self.split_columns and self.tower_module is not None:
@@ -254,6 +255,7 @@ class Options:
             "max_imbalance": self.max_imbalance,
             "memory_bytes": self.memory_bytes,
             "split_columns": self.split_columns,
+            "split_rows": self.split_rows,
             "seed": self.seed,
         }
 

@@ -105,6 +105,7 @@ class CheckLookups(Pass):
                 jagged=offsets is not None,
                 weighted=weights is not None,
                 group=group,
+                splits=_splits(how),
             )
         )
 
@@ -143,3 +144,10 @@ class CheckLookups(Pass):
             and torch_internals.canonical_expression(value.shape[0]) == size
             and not isinstance(size, int)
         )
+
+
+def _splits(how: Pooling) -> str:
+    """Return how a lookup's table may be split: renormalised rows not, those of a maximum or counted ids by columns."""
+    if how.max_norm is not None:
+        return "none"
+    return "columns" if how.mode == "max" or how.scale_grad_by_freq else "rows and columns"

@@ -29,8 +29,8 @@ NAMES = [
     "check_lookups",
     "find_interaction",
     "partition_towers",
-    "split_columns",
     "insert_tower_modules",
+    "split_tables",
     "place_tables",
     "lower_to_sptt",
     "sync_dense_gradients",
@@ -39,7 +39,7 @@ NAMES = [
     "compile_dense_regions",
 ]
 # What these passes look for, the tests' DLRM on several ranks does not have, or nobody asked for.
-NOT_HERE = ("split_field_tables", "pool_sequences", "split_columns", "insert_tower_modules", "fold_joins")
+NOT_HERE = ("split_field_tables", "pool_sequences", "split_tables", "insert_tower_modules", "fold_joins")
 
 
 def test_the_order_of_passes() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import gradient_ops, id_ops, ops
+from dmt_compile.ir import gradient_ops, id_ops, ops, piece_ops
 from dmt_compile.ir.pass_base import PassContext, calls, nodes_in, placeholders
 
 _LOOKUPS = (ops.lookup, ops.batched_lookup)
@@ -40,17 +40,18 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     after = ["peer", ex.join_blocks] if groups.hosts > 1 else []
     after += [gradient_ops.scale_gradient] if ctx.training else []
     for split in calls(gm, ops.split_features):
-        expected = inside + ([ex.run_towers] if split.args[1] is None else []) + after
         route = None
         found: list[Any] = []
         node = split.args[0]
         while isinstance(node, fx.Node) and node.target not in (ex.join_features, ops.batched_lookup):
             found.insert(0, node.args[2] if node.target is ex.all_to_all else node.target)
-            if node.target in (ex.all_to_all, ex.peer_permute, ex.join_blocks, ex.run_towers):
+            if node.target in (ex.all_to_all, ex.peer_permute, ex.join_blocks, piece_ops.add_blocks, ex.run_towers):
                 route = route or node.args[1]
                 if node.args[1] is not route:
                     yield f"{node.name} follows another route than the rest of {split.name}"
             node = node.args[0]
+        added = [piece_ops.add_blocks] if route is not None and route.meta["val"].layout.summed else []
+        expected = inside + added + ([ex.run_towers] if split.args[1] is None else []) + after
         if found != expected:
             names = [
                 [s if isinstance(s, str) else getattr(s, "__name__", s) for s in steps] for steps in (found, expected)
@@ -92,17 +93,32 @@ def collectives(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 
 
 def widths(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
-    graph = ctx.embedding_graph
-    dims = {table.name: table.dim for table in graph.tables}
-    groups: dict[int, list[str]] = {}
-    for feature in graph.features:
-        groups.setdefault(feature.group, []).append(feature.table)
-    for node, tables in zip(calls(gm, id_ops.layout), groups.values(), strict=False):
+    dims = {table.name: table.dim for table in ctx.embedding_graph.tables}
+    for node, tables in zip(calls(gm, id_ops.layout), _groups(ctx), strict=False):
         owners, widths = node.args[2], node.args[3]
-        if list(widths) != [dims[table] for table in tables]:  # type: ignore[arg-type]
+        if list(widths) != [dims[table] for table, _ in tables]:  # type: ignore[arg-type]
             yield f"{node.name} splits the columns into {widths}, expected the widths of the features"
-        if ctx.plan is not None and list(owners) != [ctx.plan.owner(table) for table in tables]:  # type: ignore[arg-type]
+        if ctx.plan is not None and list(owners) != [ctx.plan.owner(table) for table, _ in tables]:  # type: ignore[arg-type]
             yield f"{node.name} sends ids to {owners}, expected the owners of the plan"
+
+
+def summed(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    added = {table.name: table.added for table in ctx.plan.tables} if ctx.plan is not None else {}
+    for node, tables in zip(calls(gm, id_ops.layout), _groups(ctx), strict=False):
+        sets: dict[Any, list[int]] = {}
+        for index, (table, number) in enumerate(tables):
+            sets.setdefault((added.get(table, table), number), []).append(index)
+        expected = tuple(tuple(pieces) for pieces in sets.values() if len(pieces) > 1)
+        if node.args[7] != expected:
+            yield f"{node.name} adds up features {node.args[7]}, expected those of row pieces, {expected}"
+
+
+def _groups(ctx: PassContext) -> list[list[tuple[str, str]]]:
+    """Return each group's features in order: the table, and which of the lookups of its table it is."""
+    groups: dict[int, list[tuple[str, str]]] = {}
+    for feature in ctx.embedding_graph.features:
+        groups.setdefault(feature.group, []).append((feature.table, feature.name.removeprefix(feature.table)))
+    return list(groups.values())
 
 
 def synchronized(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:

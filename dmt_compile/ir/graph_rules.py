@@ -17,7 +17,6 @@ from dmt_compile.ir import id_ops, ops
 from dmt_compile.ir.metadata import LOOKUP_RULES, describe, same, symbols_of
 from dmt_compile.ir.pass_base import VIEWS, PassContext, ancestors, calls, mutates, name_of, nodes_in, placeholders
 from dmt_compile.ir.tower_regions import behind_averaging
-from dmt_compile.plan import whole_of
 
 _LOOKUPS = (ops.lookup, ops.batched_lookup)
 
@@ -131,7 +130,7 @@ def groups(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 def one_tower(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for table in ctx.embedding_graph.tables:
         held = [name for tower in ctx.plan.towers for name in tower.tables] if ctx.plan is not None else []
-        pieces = [name for name in held if whole_of(name)[0] == table.name != name]  # until split_columns has run
+        pieces = ctx.plan is not None and ctx.plan.pieces_of(table.name)  # until split_tables has run
         if not pieces and held.count(table.name) != 1:
             yield f"table {table.name} is in {held.count(table.name)} towers"
 

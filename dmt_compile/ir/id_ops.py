@@ -40,12 +40,14 @@ def layout(
     jagged: tuple[bool, ...],
     weighted: tuple[bool, ...],
     outputs: tuple[int, ...] = (),
+    summed: tuple[tuple[int, ...], ...] = (),
 ) -> Layout:
     """Return the static layout: tower groups x ranks in a group; each feature's owner, width and what it sends.
 
-    ``outputs``: columns that each group sends to its peers where Tower Modules make them.
+    ``outputs``: columns that each group sends to its peers where Tower Modules make them. ``summed``: features of row
+    pieces that are added up.
     """
-    return make_layout(hosts, local_ranks, owners, widths, jagged, weighted, outputs)
+    return make_layout(hosts, local_ranks, owners, widths, jagged, weighted, outputs, summed)
 
 
 def _fake_pack_ids(sizes: FreshSizes, layout: Any, ids: Any, offsets: Any, *rest: Any) -> Any:

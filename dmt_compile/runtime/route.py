@@ -18,6 +18,9 @@ HEADER_FIELDS = ("fingerprint", "batch_size", "fault", "feature", "position", "v
 class Layout:
     """Which rank owns each feature's table, and its width.
 
+    A table in pieces has as many features, one for each; those of row pieces are added up once the exchange inside the
+    tower group has brought them together, and are one feature from there on, numbered as the first of them.
+
     Args:
         topology: tower groups x ranks in a group (hosts x local ranks where a tower is one host).
         owners: global rank of each feature's table, in feature order.
@@ -25,6 +28,7 @@ class Layout:
         jagged: per feature, bag lengths travel with the ids; the others have one id a bag.
         weighted: per feature, each id has a weight.
         outputs: columns that each tower group sends to its peers; empty where it sends its features as they are.
+        summed: sets of features that are added up, each of one tower group.
     """
 
     topology: Topology
@@ -33,6 +37,7 @@ class Layout:
     jagged: tuple[bool, ...]
     weighted: tuple[bool, ...]
     outputs: tuple[int, ...] = ()
+    summed: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def features_by_rank(self) -> tuple[tuple[int, ...], ...]:
@@ -48,19 +53,26 @@ class Layout:
 
     def group_width(self, group: int) -> int:
         """Columns that a tower group sends to its peers."""
-        if self.outputs:
-            return self.outputs[group]
+        return self.outputs[group] if self.outputs else self.features_width(group)
+
+    def features_width(self, group: int) -> int:
+        """Columns of a tower group's features, the sums of pieces among them."""
         return sum(self.widths[i] for i in self.group_features(group))
 
-    def group_features(self, group: int) -> tuple[int, ...]:
+    def group_lookups(self, group: int) -> tuple[int, ...]:
         """Feature indices of a tower group, in the order of their columns after the exchange inside it."""
         local = self.topology.local_ranks
         return tuple(i for features in self.features_by_rank[group * local : (group + 1) * local] for i in features)
 
+    def group_features(self, group: int) -> tuple[int, ...]:
+        """The same, without those that were added to another: the columns that the group has for its peers."""
+        added = {i for pieces in self.summed for i in pieces[1:]}
+        return tuple(i for i in self.group_lookups(group) if i not in added)
+
     @cached_property
     def column_order(self) -> tuple[int, ...]:
         """Feature indices in the order of their columns after the last exchange."""
-        return tuple(i for features in self.features_by_rank for i in features)
+        return tuple(i for group in range(self.topology.hosts) for i in self.group_features(group))
 
     @cached_property
     def jagged_by_rank(self) -> tuple[int, ...]:
@@ -82,9 +94,10 @@ def make_layout(
     jagged: tuple[bool, ...],
     weighted: tuple[bool, ...],
     outputs: tuple[int, ...] = (),
+    summed: tuple[tuple[int, ...], ...] = (),
 ) -> Layout:
     """Return the layout of these owners; the same object for the same arguments."""
-    return Layout(Topology(hosts, local_ranks), owners, widths, jagged, weighted, outputs)
+    return Layout(Topology(hosts, local_ranks), owners, widths, jagged, weighted, outputs, summed)
 
 
 @dataclass(frozen=True)

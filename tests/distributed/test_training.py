@@ -10,7 +10,7 @@ import torch
 
 from tests._tolerances import FORWARD, GRADIENT
 from tests.distributed import scenarios
-from tests.passes.test_split_columns import PIECES
+from tests.passes.test_split_tables import PIECES
 from tests.ranks import run_ranks, values
 
 LONGEST_SUM = 64  # ids of one row in a global batch, and the widest layer

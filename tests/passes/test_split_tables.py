@@ -1,4 +1,4 @@
-"""split_columns: a lookup of a split table becomes one of each piece, and computes the same."""
+"""split_tables: a lookup of a split table becomes one of each piece, and computes the same."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_lookup_becomes_one_of_each_piece_and_their_cat() -> None:
     graph = dlrm("2x1", partition=[["emb.0[:, 0:3]", "emb.1"], ["emb.0[:, 3:8]", "emb.2"]])
     graph.advance("partition_towers")
     before = graph.outputs()
-    report = graph.advance("split_columns")
+    report = graph.advance("split_tables")
     assert (report.changed, report.matched, report.effect) == (True, 1, None)
     lookups = calls(graph.gm, ops.lookup)
     assert [lookup.args[4].columns for lookup in lookups[:3]] == [(0, 3), (3, 8), None]
@@ -75,7 +75,7 @@ def test_whole_tables_are_left_alone() -> None:
     graph = dlrm("2x2")
     graph.advance("partition_towers")
     before = graph.code()
-    assert not graph.advance("split_columns").changed
+    assert not graph.advance("split_tables").changed
     assert graph.code() == before
 
 
@@ -110,7 +110,7 @@ def test_pieces_that_the_planner_chooses_are_bitwise_the_flat_lookup(mode: str, 
 def test_weights_of_ids_get_their_gradient_from_all_pieces() -> None:
     model, batches = mixture((4,))
     graph = capture(model, batches[0]).on("1x1", partition=PIECES)
-    assert graph.advance("split_columns").effect is Effect.REORDERED
+    assert graph.advance("split_tables").effect is Effect.REORDERED
 
 
 def test_a_table_that_is_renormalised_stays_whole() -> None:
@@ -124,7 +124,7 @@ def test_a_table_that_is_renormalised_stays_whole() -> None:
 
     graph = capture(Renormalised(), (torch.tensor([1, 2, 3]), torch.tensor([0, 1]))).on("2x1", split_columns=True)
     with pytest.raises(UnsupportedGraphError, match=r"expected a table without max_norm for .*, found one, whose norm"):
-        graph.advance("split_columns")
+        graph.advance("split_tables")
 
 
 def test_tower_modules_need_whole_tables() -> None:
@@ -135,4 +135,4 @@ def test_tower_modules_need_whole_tables() -> None:
     lists = [["emb.0[:, 0:4]", "emb.1", "emb.2"], ["emb.0[:, 4:8]"]]
     graph = dlrm("2x2", partition=lists, tower_module="dlrm")
     with pytest.raises(UnsupportedGraphError, match=r"whole tables under Tower Modules, found emb\.0 split by columns"):
-        graph.advance("split_columns")
+        graph.advance("split_tables")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dmt_compile.errors import PlanError
 from dmt_compile.partition.assign import make_plan
-from dmt_compile.partition.columns import split_as_named, split_by_columns
+from dmt_compile.partition.splits import split_as_named, split_by_columns
 from dmt_compile.plan import Shard, TableSpec, TowerPlan, parameter_of, piece_name, whole_of
 from dmt_compile.topology import Topology
 
