@@ -45,7 +45,9 @@ class Options:
             allow; a number must be kept.
         memory_bytes: the most bytes of weights on a rank.
         split_columns: let the planner split tables by columns where one outweighs a tower or a rank, or there are fewer
-            tables than towers; ids of a split table are sent once a piece. Not together with Tower Modules.
+            tables than towers; ids of a split table are sent once a piece. With Tower Modules, inside a tower alone.
+        split_rows: let the planner split tables by rows where one outweighs a rank of its tower; each id is sent once,
+            and the pieces' sums are added inside the tower. With ``split_columns``, whichever costs less.
         tower_module: what compresses each tower before its embeddings cross hosts, which changes the model: ``None``, a
             kind of :mod:`dmt_compile.tower_modules` (``"dlrm"``, ``"dcn"``, ...), or a callable
             ``(tower: TowerSpec) -> nn.Module``.
@@ -160,10 +162,6 @@ class Options:
         for name in ("memory_bytes", "split_columns", "split_rows"):
             if self.plan is not None and getattr(self, name):
                 raise ConfigError(f"options: expected 'plan' alone, found it beside {name!r}; drop one of them")
-        if self.split_columns and self.tower_module is not None:
-            raise ConfigError(
-                "options: expected whole tables under 'tower_module', found 'split_columns' beside it; drop one of them"
-            )
 
     def _check_tower_module(self) -> None:
         if isinstance(self.tower_module, str):
@@ -256,6 +254,7 @@ class Options:
             "memory_bytes": self.memory_bytes,
             "split_columns": self.split_columns,
             "split_rows": self.split_rows,
+            "across_towers": self.tower_module is None,
             "seed": self.seed,
         }
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +196,49 @@ class TowerPlan:
                 return tower
         raise PlanError(f"plan: expected a tower for table {table}, found none; the plan belongs to another model")
 
+    def home(self, table: str) -> Tower | None:
+        """The tower that holds a table or a piece, or else all pieces of a table; ``None`` where they are in several.
+
+        Raises:
+            PlanError: no tower holds it.
+        """
+        towers = {tower.name: tower for tower in map(self.tower_of, self._parts(table))}
+        return towers.popitem()[1] if len(towers) == 1 else None
+
+    def _parts(self, table: str) -> list[str]:
+        return [spec.name for spec in self.pieces_of(table)] or [table]
+
+    def unsplit(self, tables: Iterable[TableSpec]) -> TowerPlan:
+        """Return the plan with ``tables`` whole, each where its first piece is.
+
+        Raises:
+            PlanError: the pieces of a table are in several towers.
+        """
+        given = {table.name: table for table in tables}
+        whole = {spec.name: spec.whole if spec.whole in given else spec.name for spec in self.tables}
+        placements: dict[str, tuple[Shard, ...]] = {}
+        for name, shards in self.placements.items():
+            table = given[whole[name]] if whole[name] != name else None
+            one = shards if table is None else (Shard(shards[0].rank, (0, table.rows), (0, table.dim)),)
+            placements.setdefault(whole[name], one)
+        return replace(
+            self,
+            tables=tuple({whole[spec.name]: given.get(whole[spec.name], spec) for spec in self.tables}.values()),
+            towers=tuple(replace(t, tables=tuple(dict.fromkeys(whole[n] for n in t.tables))) for t in self.towers),
+            placements=placements,
+        )
+
     def pieces_of(self, table: str) -> list[TableSpec]:
         """The pieces of a table that the plan splits, by columns, then by rows; none of a whole one."""
-        found = [spec for spec in self.tables if spec.whole == table]
-        return sorted(found, key=lambda spec: parameter_of(spec.name)[:0:-1])
+        return self._pieces.get(table, [])
+
+    @cached_property
+    def _pieces(self) -> dict[str, list[TableSpec]]:
+        found: dict[str, list[TableSpec]] = {}
+        for spec in sorted(self.tables, key=lambda spec: parameter_of(spec.name)[:0:-1]):
+            if spec.whole:
+                found.setdefault(spec.whole, []).append(spec)
+        return found
 
     def parts_of(self, parameter: str) -> list[tuple[str, Shard]]:
         """The shards of all tables that a parameter holds: the table's name, rows and columns of the parameter."""

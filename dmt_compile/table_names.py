@@ -39,7 +39,7 @@ def rows_of(table: str) -> Range | None:
 
 
 def piece_name(table: str, rows: Range | None, columns: Range | None) -> str:
-    """Return the name of a piece: ``emb[0:50]``, ``emb[:, 0:32]``, ``emb[0:50, 0:32]``; ``None`` for all of the table's.
+    """Return the name of a piece: ``emb[0:50]``, ``emb[:, 0:32]``, ``emb[0:50, 0:32]``; ``None``: all of the table's.
 
     Rows count from the first one of the parameter, those of a field too.
     """

@@ -105,7 +105,7 @@ class CheckLookups(Pass):
                 jagged=offsets is not None,
                 weighted=weights is not None,
                 group=group,
-                splits=_splits(how),
+                splits=_splits(how, ctx.options.tower_module is not None),
             )
         )
 
@@ -146,8 +146,13 @@ class CheckLookups(Pass):
         )
 
 
-def _splits(how: Pooling) -> str:
-    """Return how a lookup's table may be split: renormalised rows not, those of a maximum or counted ids by columns."""
+def _splits(how: Pooling, towers: bool) -> str:
+    """Return how a lookup's table may be split.
+
+    Renormalised rows may not, those of a maximum or counted ids by columns alone; and those of a mean that a Tower
+    Module reads, whose ranks do not know the lengths of whole bags.
+    """
     if how.max_norm is not None:
         return "none"
-    return "columns" if how.mode == "max" or how.scale_grad_by_freq else "rows and columns"
+    of_columns = how.mode == "max" or how.scale_grad_by_freq or (towers and how.mode == "mean")
+    return "columns" if of_columns else "rows and columns"

@@ -153,8 +153,9 @@ class LowerToSptt(Pass):
                 tower.output.replace_all_uses_with(piece)
         gm.graph.erase_node(anchor)
         towers.erase(gm)
-        for node in sums:
-            gm.graph.erase_node(node)
+        for node in calls(gm, piece_ops.add_pieces):
+            if node in sums:
+                gm.graph.erase_node(node)
         for node in list(check.users):
             gm.graph.erase_node(node)
         gm.graph.erase_node(check)

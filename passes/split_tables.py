@@ -26,21 +26,36 @@ from torch import fx
 
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.ir import ops, piece_ops
-from dmt_compile.ir.embedding_graph import Feature, source_line
+from dmt_compile.ir.embedding_graph import Feature, Table, source_line
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, erase_unused, sort_graph
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.kernels.batched_lookup.reference import Pooling
+from dmt_compile.plan import TableSpec
 from dmt_compile.table_names import Range, columns_of, rows_of
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A piece of a table by its name; ``rows`` and ``columns`` are ``None`` where it has all of the table's."""
+    """A piece of a table, with its share of the rows; ``rows`` and ``columns`` are ``None`` for all of the table's."""
 
-    name: str
+    spec: TableSpec
     rows: Range | None
     columns: Range | None
     share: float
+
+    def of(self, whole: Table) -> Table:
+        """Return the piece as a table of the embedding graph."""
+        return replace(whole, name=self.spec.name, rows=self.spec.rows, dim=self.spec.dim)
+
+
+def _pieces(ctx: PassContext, table: Table) -> list[_Piece]:
+    """Return the pieces that the plan has of a table; none of a whole one."""
+    return [
+        _Piece(
+            spec, rows_of(spec.name) if spec.rows < table.rows else None, columns_of(spec.name), spec.rows / table.rows
+        )
+        for spec in (ctx.plan.pieces_of(table.name) if ctx.plan is not None else ())
+    ]
 
 
 @dataclass(frozen=True)
@@ -70,13 +85,7 @@ class SplitTables(Pass):
                 pieces of rows or counts ids in them, or a Tower Module reads an average of them.
         """
         tables = {table.name: table for table in ctx.embedding_graph.tables}
-        pieces: dict[str, list[_Piece]] = {}
-        for name, table in tables.items() if ctx.plan is not None else ():
-            found = ctx.plan.pieces_of(name) if ctx.plan is not None else []
-            pieces[name] = [
-                _Piece(p.name, rows_of(p.name) if p.rows < table.rows else None, columns_of(p.name), p.rows / table.rows)
-                for p in found
-            ]
+        pieces = {name: _pieces(ctx, table) for name, table in tables.items()}
         if not any(pieces.values()):
             return PassReport(changed=False)
         features = {feature.node: feature for feature in ctx.embedding_graph.features}
@@ -85,44 +94,35 @@ class SplitTables(Pass):
         for check in calls(gm, ops.check_batch):
             lookups = [n for n in calls(gm, ops.lookup) if n.args[1] in check.users]
             of_lookup = [pieces[features[lookup.name].table] for lookup in lookups]
-            for lookup, found in zip(lookups, of_lookup, strict=True):
-                self._refuse(lookup, found)
+            for lookup, own in zip(lookups, of_lookup, strict=True):
+                self._refuse(lookup, own)
                 # The gradient of a weight is a sum over columns, now over pieces of them.
-                reordered |= any(piece.rows for piece in found) or (bool(found) and lookup.args[3] is not None)
+                reordered |= any(piece.rows for piece in own) or (bool(own) and lookup.args[3] is not None)
             if any(of_lookup):
                 named |= self._split(gm, ctx, check, lookups, of_lookup, features)
         sort_graph(gm)
-        ctx.embedding_graph.split(
-            {
-                whole: [replace(tables[whole], name=p.name, **_sizes(p)) for p in found]
-                for whole, found in pieces.items()
-                if found
-            },
-            named,
-        )
+        replaced = {whole: [piece.of(tables[whole]) for piece in found] for whole, found in pieces.items() if found}
+        ctx.embedding_graph.split(replaced, named)
         return PassReport(changed=True, matched=len(named), effect=Effect.REORDERED if reordered else None)
 
     def _refuse(self, lookup: fx.Node, pieces: Sequence[_Piece]) -> None:
         how = lookup.args[4]
         assert isinstance(how, Pooling)
-        reasons = [
-            (bool(pieces) and how.max_norm is not None, "without max_norm", "one, whose norm is that of whole rows"),
-            (how.mode == "max", "of sums or means under pieces of rows", "a maximum"),
-            (how.scale_grad_by_freq, "without scale_grad_by_freq under pieces of rows", "one, which counts all ids"),
-            (
-                how.mode == "mean" and any(user.target is ops.tower_input for user in lookup.users),
-                "of sums where a Tower Module reads pieces of rows",
-                "a mean, whose bags' lengths are known to their own ranks alone",
-            ),
-        ]
         in_rows = any(piece.rows for piece in pieces)
-        for number, (applies, expected, found) in enumerate(reasons):
-            if applies and (in_rows or not number):
-                raise UnsupportedGraphError(
-                    f"{self.name}: expected a lookup {expected} for {lookup.name}, found {found} "
-                    f"({source_line(lookup)}); leave the table whole in the plan"
-                    + ("" if number in (0, 3) else ", or split it by columns")
-                )
+        if pieces and how.max_norm is not None:
+            expected, found = "without max_norm", "one, whose norm is that of whole rows"
+        elif in_rows and how.mode == "max":
+            expected, found = "of sums or means where pieces have rows of their own", "a maximum"
+        elif in_rows and how.scale_grad_by_freq:
+            expected, found = "without scale_grad_by_freq where pieces have rows of their own", "one, which counts ids"
+        elif in_rows and how.mode == "mean" and any(user.target is ops.tower_input for user in lookup.users):
+            expected, found = "of sums under a Tower Module", "a mean, of bags whose length its ranks do not know"
+        else:
+            return
+        raise UnsupportedGraphError(
+            f"{self.name}: expected a lookup {expected} for {lookup.name}, found {found} ({source_line(lookup)}); "
+            "leave the table whole in the plan" + ("" if how.max_norm is not None else ", or split it by columns")
+        )
 
     def _split(
         self,
@@ -213,11 +213,9 @@ def _features(feature: Feature, entries: Sequence[_Entry], parts: Sequence[fx.No
     out = []
     for entry, part in zip(entries, parts, strict=True):
         assert entry.piece is not None
-        name, jagged = entry.piece.name, entry.offsets is not None
+        name, jagged = entry.piece.spec.name, entry.offsets is not None
         pooling = feature.pooling * entry.piece.share
-        out.append(
-            replace(feature, name=f"{name}{suffix}", table=name, node=part.name, pooling=pooling, jagged=jagged)
-        )
+        out.append(replace(feature, name=f"{name}{suffix}", table=name, node=part.name, pooling=pooling, jagged=jagged))
     return out
 
 
@@ -248,8 +246,3 @@ def _put_together(
     for user in list(lookup.users):
         beside = cast(list[fx.Node], user.args[0])
         user.update_arg(0, [n for feature in beside for n in (columns if feature is lookup else [feature])])
-
-
-def _sizes(piece: _Piece) -> dict[str, int]:
-    ranges = {"rows": piece.rows, "dim": piece.columns}
-    return {name: found[1] - found[0] for name, found in ranges.items() if found is not None}

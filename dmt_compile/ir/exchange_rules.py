@@ -40,7 +40,7 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     after = ["peer", ex.join_blocks] if groups.hosts > 1 else []
     after += [gradient_ops.scale_gradient] if ctx.training else []
     for split in calls(gm, ops.split_features):
-        route = None
+        route: Any = None
         found: list[Any] = []
         node = split.args[0]
         while isinstance(node, fx.Node) and node.target not in (ex.join_features, ops.batched_lookup):

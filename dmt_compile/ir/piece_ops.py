@@ -1,7 +1,7 @@
 """The operators of tables in pieces of rows: ids to the pieces that hold them, and what the pieces give added up.
 
-Shape suffixes: B bags of this rank, N ids, D width of a feature, G samples of all ranks, P samples of this rank's peers,
-W columns of several features side by side.
+Shape suffixes: B bags of this rank, N ids, D width of a feature, P samples of this rank's peers, W columns of
+several features side by side.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from dmt_compile.runtime.checks import bag_bounds, find_fault, trim
 from dmt_compile.runtime.route import Route
 
 
-def _fake_select_rows(sizes: FreshSizes, ids: Any, offsets: Any, weights: Any, how: Any, pieces: Any, *rest: Any) -> Any:
+def _fake_select_rows(
+    sizes: FreshSizes, ids: Any, offsets: Any, weights: Any, how: Any, pieces: Any, *rest: Any
+) -> Any:
     numbers = [sizes.make() for _ in pieces]
     starts = ids if offsets is None else offsets
     return (
@@ -80,9 +82,7 @@ def add_pieces(parts_BD: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @operator(lambda sizes, total, ids, offsets, how: requires_grad(total.new_empty(total.shape), total))
-def divide_by_lengths(
-    total_BD: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, how: Pooling
-) -> torch.Tensor:
+def divide_by_lengths(total_BD: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, how: Pooling) -> torch.Tensor:
     """Return the means of bags, (B, D), from their sums; of an empty bag 0, as ``embedding_bag`` gives.
 
     Args:

@@ -34,6 +34,7 @@ def make_plan(
     memory_bytes: int | None = None,
     split_columns: bool = False,
     split_rows: bool = False,
+    across_towers: bool = True,
     seed: int = 0,
 ) -> TowerPlan:
     """Assign every table to one tower and one rank; the same arguments give the same plan.
@@ -54,8 +55,9 @@ def make_plan(
         memory_bytes: the most bytes of weights on a rank.
         split_columns: split tables that outweigh a tower or a rank, and others while there are fewer than towers.
         split_rows: split tables that outweigh a rank of their tower, over the tower's ranks; with ``split_columns``
-            as well by rows or by columns, whichever costs less.
-            An explicit partition may name pieces, such as ``emb.3[:, 0:32]`` and ``emb.3[0:500]``, without either.
+            as well by rows or by columns, whichever costs less. An explicit partition may name pieces, such as
+            ``emb.3[:, 0:32]`` and ``emb.3[0:500]``, without either.
+        across_towers: pieces of a table's columns may go to different towers, which Tower Modules do not take.
         seed: of the search for ``"coherent"`` and ``"diverse"`` towers.
 
     Returns:
@@ -72,13 +74,14 @@ def make_plan(
     _check_number(number, topology.hosts)
     if not isinstance(partition, str):
         tables = split_as_named(tables, (name for names in partition for name in names))
-    elif split_columns:  # rows split a tower's tables once it has them, which is soon enough for a rank's memory
+    elif split_columns and across_towers:
         tables = split_by_columns(tables, number, None if split_rows else memory_bytes)
+    in_tower = split_rows or (split_columns and not across_towers)  # once towers have their tables
     groups = min(number, topology.hosts)
     hosts_per_group = topology.hosts // groups
     ranks = topology.grouped(hosts_per_group).local_ranks
     if memory_bytes is not None:
-        _check_memory(tables, topology, memory_bytes, ranks if split_rows else 1)
+        _check_memory(tables, topology, memory_bytes, ranks if in_tower else 1)
     why: tuple[str, ...] = ()
     if isinstance(partition, str):
         if partition in STRATEGIES:
@@ -93,8 +96,9 @@ def make_plan(
     owners: dict[str, int] = {}
     for group in range(groups):
         towers_here = range(group * number // groups, (group + 1) * number // groups)
-        if split_rows:
-            split |= split_in_tower([t for k in towers_here for t in members[k]], topology, ranks, memory_bytes, split_columns)
+        if in_tower:
+            whole = [table for k in towers_here for table in members[k]]
+            split |= split_in_tower(whole, topology, ranks, memory_bytes, split_rows, split_columns)
             for k in towers_here:
                 members[k] = [piece for table in members[k] for piece in split.get(table.name, [table])]
         here = [members[k] for k in towers_here]
@@ -329,7 +333,8 @@ def _split_notes(tables: Sequence[TableSpec], owners: dict[str, int]) -> tuple[s
         ways = [f"{number} ranges of {what}" for number, what in ((columns, "columns"), (rows, "rows")) if number > 1]
         ranks = ", ".join(map(str, sorted({owners[piece.name] for piece in found})))
         notes.append(f"table {whole} is split into {' and '.join(ways) or 'one piece'}, on ranks {ranks}")
-    return tuple(notes)
+    more = [f"and {len(notes) - 5} more tables are split"] if len(notes) > 5 else []
+    return (*notes[:5], *more)
 
 
 def _notes(

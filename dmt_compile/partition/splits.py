@@ -40,7 +40,7 @@ def split_by_columns(tables: Sequence[TableSpec], towers: int, memory_bytes: int
 
 
 def split_in_tower(
-    tables: Sequence[TableSpec], topology: Topology, ranks: int, memory_bytes: int | None, columns: bool
+    tables: Sequence[TableSpec], topology: Topology, ranks: int, memory_bytes: int | None, rows: bool, columns: bool
 ) -> dict[str, list[TableSpec]]:
     """Split the tables of a tower group that outweigh one of its ranks, by rows or by columns, whichever costs less.
 
@@ -49,7 +49,8 @@ def split_in_tower(
         topology: its bandwidths.
         ranks: of the group.
         memory_bytes: the most bytes of weights on a rank.
-        columns: pieces of columns may be made, not of rows alone.
+        rows: pieces of rows may be made.
+        columns: pieces of columns may be made.
 
     Returns:
         The pieces of each table that is split, at most one a rank, by its name.
@@ -60,7 +61,7 @@ def split_in_tower(
     pairs = zip(_wanted(tables, ranks, memory_bytes, True), _wanted(tables, ranks, memory_bytes, False), strict=True)
     for (table, in_rows), (_, in_columns) in pairs:
         ways: list[tuple[float, list[TableSpec]]] = []
-        if table.splits == "rows and columns" and (number := min(in_rows, ranks, table.rows)) > 1:
+        if rows and table.splits == "rows and columns" and (number := min(in_rows, ranks, table.rows)) > 1:
             ways.append((seconds_in_rows(table, number, topology), _in_rows(table, number)))
         if columns and (number := min(in_columns, ranks, _most_columns(table))) > 1:
             ways.append((seconds_in_columns(table, number, topology), _in_columns(table, number)))
