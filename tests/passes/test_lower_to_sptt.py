@@ -48,8 +48,8 @@ def test_the_hops_of_a_topology(topology: str, hops: list[str], permutes: int) -
         ex.join_features,
     ):
         assert graph.count(target) == 1
-    hosts, local_ranks, owners, widths, jagged, weighted, outputs = graph.node(id_ops.layout).args
-    assert outputs == ()  # features are exchanged as they are
+    hosts, local_ranks, owners, widths, jagged, weighted, outputs, summed = graph.node(id_ops.layout).args
+    assert outputs == summed == ()  # features are exchanged as they are
     assert f"{hosts}x{local_ranks}" == topology
     assert graph.ctx.plan is not None
     assert owners == tuple(graph.ctx.plan.owner(f"emb.{i}") for i in range(3))
@@ -140,8 +140,8 @@ def test_every_group_has_exchanges_of_its_own() -> None:
     assert list(by_route.values()) == [["ids", "weights", "intra", "peer"], ["ids", "intra", "peer"]]
     layouts = calls(graph.gm, id_ops.layout)
     assert [node.args[3:] for node in layouts] == [
-        ((4, 3), (True, False), (True, False), ()),  # widths, jagged, weighted, Tower Modules' outputs
-        ((2,), (False,), (False,), ()),
+        ((4, 3), (True, False), (True, False), (), ()),  # widths, jagged, weighted, Tower Modules' outputs, sums
+        ((2,), (False,), (False,), (), ()),
     ]
     for target in (
         id_ops.pack_ids,
