@@ -235,7 +235,7 @@ def test_the_model_of_traffic_is_what_the_program_sends(topology: str, towers: i
 
 
 PIECES = [
-    ["weighted[0:2]", "weighted[2:11]", "one[0:3, 0:1]", "one[3:5, 0:1]", "one[:, 1:2]"],
+    ["weighted[0:2]", "weighted[2:11]", "one[0:3, 0:1]", "one[3:5, 0:1]", "one[:, 1:3]"],
     ["plain", "unpooled[0:5]", "unpooled[5:8]", "pooled[:, 0:2]", "pooled[0:2, 2:6]", "pooled[2:9, 2:6]"],
 ]
 
