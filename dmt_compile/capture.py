@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dmt_compile import torch_internals
 from dmt_compile.errors import ConfigError
 from dmt_compile.ir.pass_base import dependents, name_of, placeholders
-from dmt_compile.plan import TableSpec, parameter_of
+from dmt_compile.plan import TableSpec
+from dmt_compile.table_names import parameter_of
 
 
 @dataclass

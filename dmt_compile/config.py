@@ -49,7 +49,9 @@ class Options:
             allow; a number must be kept.
         memory_bytes: the most bytes of weights on a rank.
         split_columns: let the planner split tables by columns where one outweighs a tower or a rank, or there are fewer
-            tables than towers; ids of a split table are sent once a piece. Not together with Tower Modules.
+            tables than towers; ids of a split table are sent once a piece. With Tower Modules, inside a tower alone.
+        split_rows: let the planner split tables by rows where one outweighs a rank of its tower; each id is sent once,
+            and the pieces' sums are added inside the tower. With ``split_columns``, whichever costs less.
         tower_module: what compresses each tower before its embeddings cross hosts, which changes the model: ``None``, a
             kind of :mod:`dmt_compile.tower_modules` (``"dlrm"``, ``"dcn"``, ...), or a callable
             ``(tower: TowerSpec) -> nn.Module``.
@@ -87,6 +89,7 @@ class Options:
     max_imbalance: float | None = None
     memory_bytes: int | None = None
     split_columns: bool = False
+    split_rows: bool = False
     tower_module: str | Callable[..., Any] | None = None
     tower_module_options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -133,7 +136,7 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
                 raise ConfigError(f"options: expected seconds above 0 for {name!r}, found {value!r}")
-        for name in ("check_ids", "split_columns", "strict", "verify"):
+        for name in ("check_ids", "split_columns", "split_rows", "strict", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"options: expected True or False for {name!r}, found {getattr(self, name)!r}")
         if not isinstance(self.plan, TowerPlan | str | Path | None):
@@ -177,13 +180,9 @@ class Options:
             raise ConfigError(f"options: expected a number of at least 1 for 'max_imbalance', found {limit!r}")
         if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
             raise ConfigError(f"options: expected bytes above 0 for 'memory_bytes', found {memory!r}")
-        for name in ("memory_bytes", "split_columns"):
+        for name in ("memory_bytes", "split_columns", "split_rows"):
             if self.plan is not None and getattr(self, name):
                 raise ConfigError(f"options: expected 'plan' alone, found it beside {name!r}; drop one of them")
-        if self.split_columns and self.tower_module is not None:
-            raise ConfigError(
-                "options: expected whole tables under 'tower_module', found 'split_columns' beside it; drop one of them"
-            )
 
     def _check_tower_module(self) -> None:
         if isinstance(self.tower_module, str):
@@ -228,8 +227,8 @@ class Options:
 
         if self.wire_forms("dense")[0] is not None and self.dense_reduction == "flat":
             raise ConfigError(
-                "options: expected a hierarchical 'dense_reduction' for hop 'dense' in 'comm_dtype', found 'flat', which "
-                "has no hop of its own between hosts; drop one of them"
+                "options: expected a hierarchical 'dense_reduction' for hop 'dense' in 'comm_dtype', found 'flat', "
+                "which has no hop of its own between hosts; drop one of them"
             )
 
     def wire_forms(self, hop: str) -> tuple[str | None, str | None]:
@@ -305,6 +304,8 @@ class Options:
             "max_imbalance": self.max_imbalance,
             "memory_bytes": self.memory_bytes,
             "split_columns": self.split_columns,
+            "split_rows": self.split_rows,
+            "across_towers": self.tower_module is None,
             "seed": self.seed,
         }
 

@@ -29,8 +29,8 @@ from dmt_compile.passes.overlap_collectives import OverlapCollectives
 from dmt_compile.passes.partition_towers import PartitionTowers
 from dmt_compile.passes.place_tables import PlaceTables
 from dmt_compile.passes.pool_sequences import PoolSequences
-from dmt_compile.passes.split_columns import SplitColumns
 from dmt_compile.passes.split_field_tables import SplitFieldTables
+from dmt_compile.passes.split_tables import SplitTables
 from dmt_compile.passes.sync_dense_gradients import SyncDenseGradients
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,8 @@ def passes_in_order(options: Options) -> tuple[Pass, ...]:
         CheckLookups(),  # names what all later passes speak of
         FindInteraction(),  # needs the features
         PartitionTowers(),  # needs the tables, and the interaction once towers are chosen by affinity
-        SplitColumns(),  # needs the plan; before anything asks for a table's tower
         InsertTowerModules(),  # needs the towers; before exchanges, which it makes narrower
+        SplitTables(),  # after towers were made of whole features; before anything asks for a table's owner
         PlaceTables(),  # needs the towers
         LowerToSptt(),  # needs the placements
         CompressCollectives(),  # needs the exchanges

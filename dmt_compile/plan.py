@@ -4,50 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dmt_compile.errors import PlanError
+from dmt_compile.table_names import Range, columns_of, covers_once, parameter_of
 from dmt_compile.topology import Topology
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 MOST_INT32 = 2**31 - 1
-
-
-class Origin(NamedTuple):
-    """The parameter that holds a table, and the table's first row and column in it."""
-
-    parameter: str
-    first_row: int
-    first_column: int
-
-
-_PART = re.compile(r"(.+)\[(?:(\d+):(\d+)|:)(?:, (\d+):(\d+))?\]")
-
-
-def parameter_of(table: str) -> Origin:
-    """Return where a table is: ``emb[100:150]`` in ``emb`` from row 100 on, ``emb[:, 8:16]`` there from column 8 on."""
-    part = _PART.fullmatch(table)
-    return Origin(part[1], int(part[2] or 0), int(part[4] or 0)) if part else Origin(table, 0, 0)
-
-
-def whole_of(table: str) -> tuple[str, tuple[int, int] | None]:
-    """Return the table of which a column piece is a part, and the piece's columns; ``None`` for a whole table."""
-    part = _PART.fullmatch(table)
-    if part is None or part[4] is None:
-        return table, None
-    rows = "" if part[2] is None else f"[{part[2]}:{part[3]}]"
-    return part[1] + rows, (int(part[4]), int(part[5]))
-
-
-def piece_name(table: str, columns: tuple[int, int]) -> str:
-    """Return the name of a column piece: ``emb[:, 0:32]``, of a field's rows ``emb[100:150, 0:32]``."""
-    part = _PART.fullmatch(table)
-    rows = ":" if part is None else f"{part[2]}:{part[3]}"
-    return f"{table if part is None else part[1]}[{rows}, {columns[0]}:{columns[1]}]"
+SPLITS = ("none", "columns", "rows and columns")  # how a table may be split
 
 
 @dataclass(frozen=True)
@@ -64,6 +33,9 @@ class TableSpec:
         bags: mean bags per sample and lookup; more than 1 where a sequence is used before it is pooled.
         jagged: share of the bags whose lengths travel with the ids; the others have one id, or as many as each other.
         weighted: share of the bags whose ids have weights.
+        splits: how it may be split: by ``"rows and columns"``, by ``"columns"`` alone where a maximum is taken of a
+            bag or ids are counted, or not at all (``"none"``), where whole rows are renormalised.
+        whole: the table of which this is a piece; empty for a whole one.
     """
 
     name: str
@@ -75,6 +47,13 @@ class TableSpec:
     bags: float = 1.0
     jagged: float = 1.0
     weighted: float = 0.0
+    splits: str = SPLITS[-1]
+    whole: str = ""
+
+    @property
+    def added(self) -> tuple[str, Range | None]:
+        """What the pooled embeddings are summed to: equal for the row pieces of the same columns of a table."""
+        return (self.whole, columns_of(self.name)) if self.whole else (self.name, None)
 
     @property
     def element_bytes(self) -> int:
@@ -178,7 +157,14 @@ class TowerPlan:
                 raise PlanError(
                     f"plan: expected hosts below {self.topology.hosts} for {tower.name}, found {tower.hosts}"
                 )
+        homes: dict[Any, str] = {}
         for table in self.tables:
+            home = self.tower_of(table.name).name
+            if homes.setdefault(table.added, home) != home:
+                raise PlanError(
+                    f"plan: expected the row pieces of {table.whole} in one tower, where they are added up, found them "
+                    f"in {homes[table.added]} and {home}"
+                )
             shards = self.placements.get(table.name, ())
             area = 0
             for shard in shards:
@@ -216,23 +202,49 @@ class TowerPlan:
                 return tower
         raise PlanError(f"plan: expected a tower for table {table}, found none; the plan belongs to another model")
 
-    def whole_tables(self) -> list[TableSpec]:
-        """The model's tables: those of the plan, with pieces of columns put together.
+    def home(self, table: str) -> Tower | None:
+        """The tower that holds a table or a piece, or else all pieces of a table; ``None`` where they are in several.
 
         Raises:
-            PlanError: the pieces of a table do not cover its columns once.
+            PlanError: no tower holds it.
         """
-        pieces: dict[str, list[tuple[tuple[int, int], TableSpec]]] = {}
-        for table in self.tables:
-            name, columns = whole_of(table.name)
-            pieces.setdefault(name, []).append((columns or (0, table.dim), table))
-        out = []
-        for name, found in pieces.items():
-            ranges = sorted(columns for columns, _ in found)
-            if [first for first, _ in ranges] != [0, *(end for _, end in ranges[:-1])]:
-                raise PlanError(f"plan: expected pieces that cover the columns of {name} once, found {ranges}")
-            out.append(replace(found[0][1], name=name, dim=ranges[-1][1]))
-        return out
+        towers = {tower.name: tower for tower in map(self.tower_of, self._parts(table))}
+        return towers.popitem()[1] if len(towers) == 1 else None
+
+    def _parts(self, table: str) -> list[str]:
+        return [spec.name for spec in self.pieces_of(table)] or [table]
+
+    def unsplit(self, tables: Iterable[TableSpec]) -> TowerPlan:
+        """Return the plan with ``tables`` whole, each where its first piece is.
+
+        Raises:
+            PlanError: the pieces of a table are in several towers.
+        """
+        given = {table.name: table for table in tables}
+        whole = {spec.name: spec.whole if spec.whole in given else spec.name for spec in self.tables}
+        placements: dict[str, tuple[Shard, ...]] = {}
+        for name, shards in self.placements.items():
+            table = given[whole[name]] if whole[name] != name else None
+            one = shards if table is None else (Shard(shards[0].rank, (0, table.rows), (0, table.dim)),)
+            placements.setdefault(whole[name], one)
+        return replace(
+            self,
+            tables=tuple({whole[spec.name]: given.get(whole[spec.name], spec) for spec in self.tables}.values()),
+            towers=tuple(replace(t, tables=tuple(dict.fromkeys(whole[n] for n in t.tables))) for t in self.towers),
+            placements=placements,
+        )
+
+    def pieces_of(self, table: str) -> list[TableSpec]:
+        """The pieces of a table that the plan splits, by columns, then by rows; none of a whole one."""
+        return self._pieces.get(table, [])
+
+    @cached_property
+    def _pieces(self) -> dict[str, list[TableSpec]]:
+        found: dict[str, list[TableSpec]] = {}
+        for spec in sorted(self.tables, key=lambda spec: parameter_of(spec.name)[:0:-1]):
+            if spec.whole:
+                found.setdefault(spec.whole, []).append(spec)
+        return found
 
     def parts_of(self, parameter: str) -> list[tuple[str, Shard]]:
         """The shards of all tables that a parameter holds: the table's name, rows and columns of the parameter."""
@@ -249,7 +261,7 @@ class TowerPlan:
         """The one rank that holds all of ``table``.
 
         Raises:
-            PlanError: the table is split over several ranks.
+            PlanError: the table has several shards; what is split is written as pieces, tables of their own.
         """
         shards = self.placements[table]
         if len(shards) != 1:
@@ -299,14 +311,29 @@ class TowerPlan:
         """A 62-bit hash of the plan's content; ranks compare it."""
         return int.from_bytes(hashlib.sha256(self.to_json().encode()).digest()[:8], "big") >> 2
 
-    def check_tables(self, tables: tuple[TableSpec, ...]) -> None:
-        """Compare the plan with a model's tables.
+    def check_tables(self, tables: Iterable[TableSpec], others: Iterable[TableSpec] = ()) -> None:
+        """Compare the plan with a model's tables; ``others`` are tables of the model that it need not hold.
 
         Raises:
-            PlanError: a name, shape or element type differs.
+            PlanError: a name, shape or element type differs, or the pieces of a table do not cover it once.
         """
-        mine = {t.name: (t.rows, t.dim, t.dtype) for t in self.whole_tables()}
-        theirs = {t.name: (t.rows, t.dim, t.dtype) for t in tables}
+        pieces: dict[str, list[str]] = {}
+        mine: dict[str, Any] = {}
+        for spec in self.tables:
+            mine[spec.whole or spec.name] = (spec.rows, spec.dim, spec.dtype)
+            if spec.whole:
+                pieces.setdefault(spec.whole, []).append(spec.name)
+        theirs = {}
+        for table, needed in (*((t, True) for t in tables), *((t, False) for t in others)):
+            if needed or table.name in mine:
+                theirs[table.name] = (table.rows, table.dim, table.dtype)
+            if table.name in pieces:
+                if not covers_once(pieces[table.name], table.name, table.rows, table.dim):
+                    raise PlanError(
+                        f"plan: expected pieces that cover the {table.rows} rows and {table.dim} columns of "
+                        f"{table.name} once, found {sorted(pieces[table.name])}"
+                    )
+                mine[table.name] = (table.rows, table.dim, mine[table.name][2])
         if mine != theirs:
             differing = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
             first = differing[0]

@@ -107,13 +107,13 @@ def transform(
     options.recipe(plan)
     positional = batch if isinstance(batch, tuple) else (batch,)
     result = _clone_root(bare)
+    result.dmt_plan = plan
     towers: Towers | None = None
     for mode in (True, False):
         captured = _capture(bare, positional, dict(kwargs or {}), options, towers, mode)
         towers = captured.ctx.towers or _refused(captured.ctx)
         source, function = _write(bare, captured, mode)
         result._sources[mode], result._forwards[mode] = source, function
-        result.dmt_plan = captured.ctx.plan if captured.ctx.plan is not None else plan
     assert towers is not None
     _move_in(result, towers)
     result.train(bare.training)
@@ -170,8 +170,8 @@ class _Session(Session):
         return False
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
-        """Return the plan that was given."""
-        return plan_for(self.options, self.topology, tables, capture)
+        """Return the plan that was given, with whole tables: this process has them all."""
+        return plan_for(self.options, self.topology, tables, capture).unsplit(tables)
 
     def program(self, capture: Capture, run: Passes) -> Callable[..., Any]:
         """Rewrite the graph; run the flat one."""

@@ -105,6 +105,7 @@ class CheckLookups(Pass):
                 jagged=isinstance(offsets, fx.Node) and offsets.target is not ops.even_offsets,
                 weighted=weights is not None,
                 group=group,
+                splits=_splits(how, ctx.options.tower_module is not None),
             )
         )
 
@@ -143,3 +144,15 @@ class CheckLookups(Pass):
             and torch_internals.canonical_expression(value.shape[0]) == size
             and not isinstance(size, int)
         )
+
+
+def _splits(how: Pooling, towers: bool) -> str:
+    """Return how a lookup's table may be split.
+
+    Renormalised rows may not, those of a maximum or counted ids by columns alone; and those of a mean that a Tower
+    Module reads, whose ranks do not know the lengths of whole bags.
+    """
+    if how.max_norm is not None:
+        return "none"
+    of_columns = how.mode == "max" or how.scale_grad_by_freq or (towers and how.mode == "mean")
+    return "columns" if of_columns else "rows and columns"

@@ -42,13 +42,17 @@ class _Column:
 
 @dataclass(frozen=True)
 class _Join:
-    """A join of the model: its parts, the column that each one is or is a view of, and its dimension in the result."""
+    """A join of the model: the column that each of its parts is or is a view of, and its dimension in the result."""
 
     node: fx.Node
-    parts: tuple[fx.Node, ...]
     columns: tuple[_Column | None, ...]
     dim: int
     stacks: bool
+
+    @property
+    def parts(self) -> tuple[fx.Node, ...]:
+        """What it joins, by now: a part may be a join that was replaced, as that of a table's pieces."""
+        return tuple(cast(Any, _arguments(self.node)["tensors"]))
 
     def shape(self, part: fx.Node) -> tuple[Any, ...]:
         """Return the shape of a part as an input of ``cat``."""
@@ -87,7 +91,7 @@ class FoldJoins(Pass):
         columns = {node: column for split in splits for node, column in _columns_of(split).items()}
         found: list[_Join] = []
         for node in calls(gm, *_JOINS):
-            arguments = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
+            arguments = _arguments(node)
             if not arguments.keys() <= {"tensors", "dim"}:
                 continue
             parts: tuple[fx.Node, ...] = tuple(cast(Any, arguments["tensors"]))
@@ -95,7 +99,7 @@ class FoldJoins(Pass):
             dim = int(name_of(node) == "hstack" and node.meta["val"].ndim > 1) or arguments.get("dim", 0)
             if sum(column is not None for column in read) > 1:
                 stacks = name_of(node) == "stack"
-                found.append(_Join(node, parts, read, dim % node.meta["val"].ndim, stacks))
+                found.append(_Join(node, read, dim % node.meta["val"].ndim, stacks))
         return found
 
     def _reorder(self, split: fx.Node, gm: fx.GraphModule, ctx: PassContext, joins: list[_Join]) -> bool:
@@ -145,10 +149,10 @@ class FoldJoins(Pass):
         def call(target: Any, *args: Any) -> fx.Node:
             return ctx.call(gm, target, *args, like=join.node)
 
-        pieces: list[fx.Node] = []
+        parts, pieces = join.parts, list[fx.Node]()
         with gm.graph.inserting_before(join.node):
             for run in runs:
-                part, column = join.parts[run[0]], join.columns[run[0]]
+                part, column = parts[run[0]], join.columns[run[0]]
                 if len(run) == 1:
                     pieces.append(call(torch.unsqueeze, part, join.dim) if join.stacks else part)
                     continue
@@ -170,7 +174,7 @@ class FoldJoins(Pass):
             joined = call(torch.cat, pieces, join.dim)
         join.node.replace_all_uses_with(joined)
         gm.graph.erase_node(join.node)
-        for part in sorted(set(join.parts)):  # what a part is a view of comes before it
+        for part in sorted(set(parts)):  # what a part is a view of comes before it
             erase_unused(gm, part)
 
     def _nearest(self, join: _Join, ctx: PassContext) -> str:
@@ -180,6 +184,10 @@ class FoldJoins(Pass):
         if ctx.training and any(column.reads > _MOST_READS for _, column in columns):
             return "features are read more than twice: their gradients would be summed in another order"
         return "no two of its features lie side by side in the same order"
+
+
+def _arguments(join: fx.Node) -> dict[str, Any]:
+    return {**dict(zip(("tensors", "dim"), join.args, strict=False)), **join.kwargs}
 
 
 def _free(split: fx.Node) -> bool:

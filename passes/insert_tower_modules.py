@@ -29,7 +29,7 @@ from typing import Any, ClassVar, cast
 from torch import fx
 
 from dmt_compile import torch_internals
-from dmt_compile.errors import ConfigError
+from dmt_compile.errors import ConfigError, UnsupportedGraphError
 from dmt_compile.ir import ops
 from dmt_compile.ir.embedding_graph import source_line
 from dmt_compile.ir.inlining import inline
@@ -85,6 +85,7 @@ class InsertTowerModules(Pass):
 
         Raises:
             ConfigError: a bad kind or option, or towers that the model already has from another plan.
+            UnsupportedGraphError: the plan has the pieces of a feature's table in several towers.
         """
         inside = calls(gm, ops.tower_input)
         if inside:
@@ -153,7 +154,7 @@ class InsertTowerModules(Pass):
         dim = int(recipe.options.get("dim", max(widths.values())))
         found: list[SendingTower] = []
         for index, tower in enumerate(plan.towers):
-            names = tuple(name for name in family.features if tables[name] in tower.tables)
+            names = tuple(name for name in family.features if self._home(plan, tables[name]) == tower.name)
             if not names:
                 continue
             spec = TowerSpec(tower.name, names, tuple(widths[n] for n in names), dim, vectors, index)
@@ -179,6 +180,16 @@ class InsertTowerModules(Pass):
                         f"{owners[id(parameter)]} and {sending.spec.name} share {name}; build a new module in each call"
                     )
         return found
+
+    def _home(self, plan: TowerPlan, table: str) -> str:
+        home = plan.home(table)
+        if home is None:
+            held = sorted({plan.tower_of(piece.name).name for piece in plan.pieces_of(table)})
+            raise UnsupportedGraphError(
+                f"{self.name}: expected the pieces of {table} in one tower under Tower Modules, found them in {held}; "
+                "keep them together, or drop tower_module"
+            )
+        return home.name
 
     # ----------------------------------------------------------------------------------------------------- the rewrite
 
@@ -239,7 +250,8 @@ def _keep_lookups_in_order(gm: fx.GraphModule) -> None:
 
 def _new_towers(ctx: PassContext, towers: Sequence[SendingTower], recipe: TowerModules) -> Towers:
     assert ctx.plan is not None
-    partition = {tower.name: tower.tables for tower in ctx.plan.towers}
+    wholes = {table.name: table.whole or table.name for table in ctx.plan.tables}
+    partition = {t.name: tuple(dict.fromkeys(wholes[name] for name in t.tables)) for t in ctx.plan.towers}
     found = Towers(recipe, {t.spec.name: t.spec.features for t in towers}, partition)
     for tower in towers:
         found.add_module(tower.spec.name, tower.module)

@@ -8,6 +8,7 @@ between each table is read by its owner alone:
     unpack_ids, lookup, join_features        b: pooled rows in rank order
     peer_permute                             c: rows in peer order
     all-to-all intra, join_blocks            d, e: all features of the tower, for the samples of this rank's peers
+    add_blocks                               the row pieces of a table added up, where it is split
     run_towers                               the Tower Modules, where there are some
     all-to-all peer, join_blocks             f: all features, or towers' outputs, of this rank's samples
     scale_gradient, split_features           1 / ranks in the backward pass; columns back to features
@@ -37,8 +38,8 @@ from torch import fx
 
 from dmt_compile.cost.id_exchange import id_exchange_of
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import gradient_ops, id_ops, ops, weight_ops
-from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, only_joined, sort_graph
+from dmt_compile.ir import gradient_ops, id_ops, ops, piece_ops, weight_ops
+from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, nodes_in, only_joined, sort_graph
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.ir.tower_regions import find_towers
 from dmt_compile.runtime.route import ID_HOPS, IdExchange
@@ -94,7 +95,13 @@ class LowerToSptt(Pass):
         owners = tuple(ctx.plan.owner(tables[lookup.name]) for lookup in lookups)
         values = [lookup.meta["val"] for lookup in lookups]
         widths = tuple(int(value.shape[1]) for value in values)
-        towers = find_towers(gm, ctx, lookups)
+        sums = [node for node in calls(gm, piece_ops.add_pieces) if nodes_in(node.args[0])[0] in lookups]
+        summed = tuple(tuple(map(lookups.index, nodes_in(node.args[0]))) for node in sums)
+        # What the exchange gives to each feature's readers, by the lookup that stands for it.
+        features = dict(enumerate(lookups)) | {pieces[0]: node for pieces, node in zip(summed, sums, strict=True)}
+        for index in (piece for pieces in summed for piece in pieces[1:]):
+            del features[index]
+        towers = find_towers(gm, ctx, lookups, features)
         promoted = functools.reduce(torch.promote_types, (value.dtype for value in values))
         ids, offsets, how, weights, others, rows, labels, check_ids = check.args
         even = tuple(isinstance(starts, fx.Node) and starts.target is ops.even_offsets for starts in offsets)  # type: ignore[union-attr]
@@ -112,7 +119,16 @@ class LowerToSptt(Pass):
                 even,
             )
             layout = call(
-                id_ops.layout, groups.hosts, groups.local_ranks, owners, widths, jagged, weighted, outputs, exchange
+                id_ops.layout,
+                groups.hosts,
+                groups.local_ranks,
+                owners,
+                widths,
+                jagged,
+                weighted,
+                outputs,
+                exchange,
+                summed,
             )
             packed = call(id_ops.pack_ids, layout, ids, offsets, how, weights, others, rows, check_ids)
             payload, sent = call(operator.getitem, packed, 0), call(operator.getitem, packed, 1)
@@ -135,8 +151,8 @@ class LowerToSptt(Pass):
         with gm.graph.inserting_after(lookups[-1]):
             anchor = gm.graph.call_function(operator.getitem, (bags_of, 0))  # marks the place; erased below
         # What reads a feature as it is, apart from its tower.
-        users = [[user for user in lookup.users if user.target is not ops.tower_input] for lookup in lookups]
-        joined_only = [only_joined(lookup) for lookup in lookups]
+        users = {i: [u for u in node.users if u.target is not ops.tower_input] for i, node in features.items()}
+        joined_only = {index: only_joined(node) for index, node in features.items()}
         with gm.graph.inserting_before(anchor):
             joined = call(ex.join_features, list(lookups), route)
             if groups.local_ranks > 1:
@@ -144,6 +160,8 @@ class LowerToSptt(Pass):
                     joined = call(ex.peer_permute, joined, route)
                 moved = all_to_all(call, joined, route, "intra", "intra")
                 joined = call(ex.join_blocks, moved, route, "intra")
+            if summed:
+                joined = call(piece_ops.add_blocks, joined, route)
             if towers.modules:
                 joined = towers.run(gm, ctx, joined, route)
             if groups.hosts > 1:
@@ -157,20 +175,23 @@ class LowerToSptt(Pass):
                 piece = call(operator.getitem, split, index)
                 return piece if like.dtype == promoted else call(torch.Tensor.to, piece, like.dtype)
 
-            for index, (own_users, value) in enumerate(zip(users, values, strict=True)):
+            for index, own_users in users.items():
                 if not own_users and towers.modules:
                     continue
-                piece = column(towers.place(index), value)
+                piece = column(towers.place(index), values[index])
                 piece = piece if joined_only[index] else call(torch.clone, piece)
                 if how[index].scale_grad_by_freq:  # type: ignore[index, union-attr]
                     piece = call(gradient_ops.scale_by_frequency, piece, ids[index])  # type: ignore[index]
                 for user in own_users:
-                    user.replace_input_with(lookups[index], piece)
+                    user.replace_input_with(features[index], piece)
             for tower in towers.modules:
                 piece = column(towers.place_of(tower), tower.output.meta["val"])
                 tower.output.replace_all_uses_with(piece)
         gm.graph.erase_node(anchor)
         towers.erase(gm)
+        for node in calls(gm, piece_ops.add_pieces):
+            if node in sums:
+                gm.graph.erase_node(node)
         for node in list(check.users):
             gm.graph.erase_node(node)
         gm.graph.erase_node(check)

@@ -89,7 +89,7 @@ class OverlapCollectives(Pass):
     def _start_late(self, gm: fx.GraphModule) -> None:
         """Put ``start_gradients`` right before the region that reads it: its backward then follows the region's."""
         places = {node: place for place, node in enumerate(gm.graph.nodes)}
-        for start in calls(gm, start_gradients):
+        for start in calls(gm, gradient_ops.start_gradients):
             items = sorted(start.users, key=places.__getitem__)
             readers = [user for item in items for user in item.users]
             if readers:

@@ -37,11 +37,10 @@ class PartitionTowers(Pass):
 
     def _check_towers(self, gm: fx.GraphModule, ctx: PassContext, plan: TowerPlan) -> None:
         tables = {feature.node: feature.table for feature in ctx.embedding_graph.features}
-        planned = {tower.name: tower.tables for tower in plan.towers}
         for node in calls(gm, ops.tower_input):
             name = str(node.args[1])
             read = [tables[feature.name] for feature in nodes_in(node.args[0])]
-            away = [table for table in read if table not in planned.get(name, ())]
+            away = [table for table in read if (home := plan.home(table)) is None or home.name != name]
             if away:
                 raise PlanError(
                     f"{self.name}: expected the tables of the transformed model's {name} together, found {away[0]} in "

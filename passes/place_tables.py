@@ -1,4 +1,4 @@
-"""Write the tables' placements onto their graph inputs: the shards that the plan gives to the tower's ranks."""
+"""Write the tables' placements onto their graph inputs: the shard that the plan gives to a rank of the tower."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PlaceTables(Pass):
         """Annotate ``gm``'s inputs.
 
         Raises:
-            UnsupportedGraphError: the plan splits a table; this version looks up whole tables.
+            UnsupportedGraphError: a table has several shards; what is split is written as pieces, tables of their own.
         """
         inputs = {node.name: node for node in placeholders(gm)}
         tables = ctx.embedding_graph.tables
@@ -34,7 +34,7 @@ class PlaceTables(Pass):
             if len(shards) != 1:
                 raise UnsupportedGraphError(
                     f"{self.name}: expected one shard for table {table.name}, found {len(shards)}; "
-                    "place whole tables, row and column shards cannot be looked up yet"
+                    "write its parts as tables of their own, such as emb[0:500] or emb[:, 0:32]"
                 )
             inputs[table.placeholder].meta.setdefault("shards", {})[table.name] = shards
         return PassReport(changed=bool(tables), matched=len(tables))

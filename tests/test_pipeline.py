@@ -30,8 +30,8 @@ NAMES = [
     "check_lookups",
     "find_interaction",
     "partition_towers",
-    "split_columns",
     "insert_tower_modules",
+    "split_tables",
     "place_tables",
     "lower_to_sptt",
     "compress_collectives",
@@ -45,7 +45,7 @@ NAMES = [
 NOT_HERE = (
     "split_field_tables",
     "pool_sequences",
-    "split_columns",
+    "split_tables",
     "insert_tower_modules",
     "fold_joins",
     "compress_collectives",

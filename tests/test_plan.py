@@ -216,8 +216,8 @@ def test_another_version() -> None:
         ("not json", "JSONDecodeError"),
         ("[]", "TypeError"),
         ("{}", "KeyError('version')"),
-        ('{"version": 2}', "KeyError('placements')"),
-        ('{"version": 2, "placements": [], "topology": {"hosts": 1}}', "TypeError"),
+        ('{"version": 3}', "KeyError('placements')"),
+        ('{"version": 3, "placements": [], "topology": {"hosts": 1}}', "TypeError"),
     ],
 )
 def test_text_that_is_no_plan(text: str, found: str) -> None:

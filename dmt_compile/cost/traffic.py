@@ -65,7 +65,7 @@ def bytes_per_link(plan: TowerPlan, batch_size: int, id_exchange: str = "global"
     """Return the bytes of one training step in which every rank has ``batch_size`` samples.
 
     Args:
-        plan: whole tables on single ranks.
+        plan: whole tables, or pieces of them, on single ranks.
         batch_size: samples of each rank.
         id_exchange: as for :func:`embedding_traffic`.
 
@@ -74,7 +74,7 @@ def bytes_per_link(plan: TowerPlan, batch_size: int, id_exchange: str = "global"
         ``"sptt+tm"`` where the plan has Tower Modules.
 
     Raises:
-        PlanError: a table is split over several ranks.
+        PlanError: a table has several shards.
     """
     return embedding_traffic(plan, [batch_size] * plan.topology.world_size, id_exchange=id_exchange).bytes_per_link()
 
@@ -88,32 +88,36 @@ def embedding_traffic(
     """Return every exchange of one training step.
 
     Args:
-        plan: whole tables on single ranks.
+        plan: whole tables, or pieces of them, on single ranks.
         batch_sizes: samples of each rank.
-        id_counts: for each table the ids that each rank looks up; by default the table's mean pooling times the rank's
-            samples and the table's features.
+        id_counts: for each table, or piece, the ids that each rank looks up in it; by default its mean pooling times
+            the rank's samples and the table's features.
         id_exchange: how ids reach the owners under SPTT, ``"global"`` or ``"hierarchical"``; flat they go at once.
 
     Raises:
-        PlanError: a table is split over several ranks.
+        PlanError: a table has several shards.
 
     Source: "Cost analysis" in section 3 of the DMT paper, without its assumption of even tables.
     """
     topology, groups = plan.topology, plan.tower_groups()
     ranks = np.arange(topology.world_size)
     batch_R = np.asarray(batch_sizes, dtype=np.int64)
-    width_S = np.zeros(topology.world_size, dtype=np.int64)  # bytes per sample
+    width_S = np.zeros(topology.world_size, dtype=np.int64)  # bytes per sample, of every piece
+    feature_S = np.zeros_like(width_S)  # of features: pieces of rows are added up, the flat exchange adds none
+    added: set[object] = set()
     ids_SR = np.zeros((topology.world_size, topology.world_size), dtype=np.int64)
     for table in plan.tables:
         owner = plan.owner(table.name)
         width_S[owner] += table.output_bytes_per_sample
+        feature_S[owner] += 0 if table.added in added else table.output_bytes_per_sample
+        added.add(table.added)
         bags_S = table.features * table.bags * batch_R
         counts_S = table.pooling * bags_S if id_counts is None else np.asarray(id_counts[table.name], dtype=np.int64)
         weights_S = table.weighted * table.element_bytes * counts_S
         ids_SR[:, owner] += np.rint(plan.id_bytes * (counts_S + table.jagged * bags_S) + weights_S).astype(np.int64)
 
     group, position = ranks // groups.local_ranks, ranks % groups.local_ranks
-    group_width = np.bincount(group, width_S, groups.hosts).astype(np.int64)
+    group_width = np.bincount(group, feature_S, groups.hosts).astype(np.int64)
     peer_rows = np.bincount(position, batch_R, groups.local_ranks).astype(np.int64)
     flat_SR = width_S[:, None] * batch_R
     in_host_SR = width_S[:, None] * peer_rows[position] * (group[:, None] == group)
@@ -156,7 +160,7 @@ def _saved_bytes(plan: TowerPlan) -> NDArray[np.int64]:
     saved = np.zeros(groups.hosts, dtype=np.int64)
     for tower in plan.towers:
         tables = [table for table in plan.tables if table.name in tower.tables]
-        columns = sum(table.features * table.dim for table in tables) - tower.output_width
+        columns = sum(t.features * t.dim for t in {t.added: t for t in tables}.values()) - tower.output_width
         saved[tower.hosts[0] // len(tower.hosts)] += columns * max((table.element_bytes for table in tables), default=0)
     return saved
 

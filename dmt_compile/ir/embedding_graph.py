@@ -10,15 +10,16 @@ import networkx as nx
 import torch
 from torch import fx
 
-from dmt_compile.plan import TableSpec, parameter_of
+from dmt_compile.plan import SPLITS, TableSpec
+from dmt_compile.table_names import parameter_of
 
 
 @dataclass(frozen=True)
 class Table:
     """An embedding table: its flat name, graph input and parameter.
 
-    A field of a table of many fields is a table of its own, ``emb[100:150]``. So is a piece of a table's columns, where
-    the plan splits it: ``emb[:, 8:16]``.
+    A field of a table of many fields is a table of its own, ``emb[100:150]``. So is a piece of a table, where the plan
+    splits it: ``emb[:, 8:16]``, ``emb[0:500]``.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Feature:
         jagged: bags of one batch differ in length.
         weighted: each id has a weight.
         group: which lookups it is exchanged with: those with as many bags.
+        splits: how its table may be split, as :class:`TableSpec` says.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Feature:
     jagged: bool = True
     weighted: bool = False
     group: int = 0
+    splits: str = "rows and columns"
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ class EmbeddingGraph:
                     bags=round(bags / max(len(features), 1), 3),
                     jagged=round(sum(f.bags for f in features if f.jagged) / max(bags, 1e-9), 3),
                     weighted=round(sum(f.bags for f in features if f.weighted) / max(bags, 1e-9), 3),
+                    splits=min((f.splits for f in features), key=SPLITS.index, default=SPLITS[-1]),
                 )
             )
         return tuple(specs)

@@ -116,7 +116,8 @@ def peer_permute(joined_GW: torch.Tensor, route: Route) -> torch.Tensor:
 def _fake_join_blocks(sizes: FreshSizes, received: Any, route: Any, hop: str) -> Any:
     layout = route.layout
     if hop == "peer" or (layout.topology.hosts == 1 and not layout.outputs):
-        width = sum(layout.group_width(group) for group in range(layout.topology.hosts))
+        groups = range(layout.topology.hosts)
+        width = sum(map(layout.group_width, groups)) if hop == "peer" else sum(layout.rank_widths)
         return requires_grad(received.new_empty(route.batch_size, width), received)
     return requires_grad(received.new_empty(sizes.make(), sizes.make()), received)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import gradient_ops, id_ops, ops, weight_ops
+from dmt_compile.ir import gradient_ops, id_ops, ops, piece_ops, weight_ops
 from dmt_compile.ir.pass_base import PassContext, calls, nodes_in, placeholders
 from dmt_compile.plan import MOST_INT32
 from dmt_compile.runtime.route import ID_HOPS
@@ -45,7 +45,7 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     after = ["peer", ex.join_blocks] if groups.hosts > 1 else []
     after += [gradient_ops.scale_gradient] if ctx.training else []
     for split in calls(gm, ops.split_features):
-        route = None
+        route: Any = None
         found: list[Any] = []
         node = split.args[0]
         while isinstance(node, fx.Node) and node.target not in (ex.join_features, ops.batched_lookup):
@@ -53,7 +53,13 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
                 node = node.args[0]
                 continue
             found.insert(0, node.args[2] if node.target is ex.start_all_to_all else node.target)
-            if node.target in (ex.start_all_to_all, ex.peer_permute, ex.join_blocks, ex.run_towers):
+            if node.target in (
+                ex.start_all_to_all,
+                ex.peer_permute,
+                ex.join_blocks,
+                piece_ops.add_blocks,
+                ex.run_towers,
+            ):
                 route = route or node.args[1]
                 if node.args[1] is not route:
                     yield f"{node.name} follows another route than the rest of {split.name}"
@@ -61,6 +67,7 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
         at_home = not isinstance(route, fx.Node) or route.meta["val"].layout.exchange.hosts  # rows are in peer order
         expected: list[Any] = [] if at_home or groups.hosts == 1 or groups.local_ranks == 1 else [ex.peer_permute]
         expected += ["intra", ex.join_blocks] if groups.local_ranks > 1 else []
+        expected += [piece_ops.add_blocks] if route is not None and route.meta["val"].layout.summed else []
         expected += [ex.run_towers] if split.args[1] is None else []
         expected += after
         if found != expected:
@@ -127,17 +134,32 @@ def collectives(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 
 
 def widths(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
-    graph = ctx.embedding_graph
-    dims = {table.name: table.dim for table in graph.tables}
-    groups: dict[int, list[str]] = {}
-    for feature in graph.features:
-        groups.setdefault(feature.group, []).append(feature.table)
-    for node, tables in zip(calls(gm, id_ops.layout), groups.values(), strict=False):
+    dims = {table.name: table.dim for table in ctx.embedding_graph.tables}
+    for node, tables in zip(calls(gm, id_ops.layout), _groups(ctx), strict=False):
         owners, widths = node.args[2], node.args[3]
-        if list(widths) != [dims[table] for table in tables]:  # type: ignore[arg-type]
+        if list(widths) != [dims[table] for table, _ in tables]:  # type: ignore[arg-type]
             yield f"{node.name} splits the columns into {widths}, expected the widths of the features"
-        if ctx.plan is not None and list(owners) != [ctx.plan.owner(table) for table in tables]:  # type: ignore[arg-type]
+        if ctx.plan is not None and list(owners) != [ctx.plan.owner(table) for table, _ in tables]:  # type: ignore[arg-type]
             yield f"{node.name} sends ids to {owners}, expected the owners of the plan"
+
+
+def summed(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    added = {table.name: table.added for table in ctx.plan.tables} if ctx.plan is not None else {}
+    for node, tables in zip(calls(gm, id_ops.layout), _groups(ctx), strict=False):
+        sets: dict[Any, list[int]] = {}
+        for index, (table, number) in enumerate(tables):
+            sets.setdefault((added.get(table, table), number), []).append(index)
+        expected = tuple(tuple(pieces) for pieces in sets.values() if len(pieces) > 1)
+        if node.args[8] != expected:
+            yield f"{node.name} adds up features {node.args[8]}, expected those of row pieces, {expected}"
+
+
+def _groups(ctx: PassContext) -> list[list[tuple[str, str]]]:
+    """Return each group's features in order: the table, and which of the lookups of its table it is."""
+    groups: dict[int, list[tuple[str, str]]] = {}
+    for feature in ctx.embedding_graph.features:
+        groups.setdefault(feature.group, []).append((feature.table, feature.name.removeprefix(feature.table)))
+    return list(groups.values())
 
 
 def towers_apart(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:

@@ -13,11 +13,10 @@ from torch import fx
 
 from dmt_compile import torch_internals
 from dmt_compile.ir import exchange_ops as ex
-from dmt_compile.ir import id_ops, ops
+from dmt_compile.ir import id_ops, ops, piece_ops
 from dmt_compile.ir.metadata import LOOKUP_RULES, describe, same, symbols_of
 from dmt_compile.ir.pass_base import VIEWS, PassContext, ancestors, calls, mutates, name_of, nodes_in, placeholders
 from dmt_compile.ir.tower_regions import behind_averaging
-from dmt_compile.plan import whole_of
 
 _LOOKUPS = (ops.lookup, ops.batched_lookup)
 
@@ -131,19 +130,20 @@ def groups(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 def one_tower(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for table in ctx.embedding_graph.tables:
         held = [name for tower in ctx.plan.towers for name in tower.tables] if ctx.plan is not None else []
-        pieces = [name for name in held if whole_of(name)[0] == table.name != name]  # until split_columns has run
+        pieces = ctx.plan is not None and ctx.plan.pieces_of(table.name)  # until split_tables has run
         if not pieces and held.count(table.name) != 1:
             yield f"table {table.name} is in {held.count(table.name)} towers"
 
 
 def towers(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     tables = {feature.node: feature.table for feature in ctx.embedding_graph.features}
-    planned = {t.name: t.tables for t in ctx.plan.towers} if ctx.plan is not None else {}
     outputs = Counter(node.args[1] for node in calls(gm, ops.tower_output))
     for node in calls(gm, ops.tower_input):
         features, name = node.args
         for feature in nodes_in(features):
-            if tables.get(feature.name) not in planned.get(str(name), ()):
+            lookups = nodes_in(feature.args[0]) if feature.target is piece_ops.add_pieces else [feature]
+            homes = {ctx.plan.home(tables[n.name]) for n in lookups if ctx.plan is not None and n.name in tables}
+            if len(homes) != 1 or {home and home.name for home in homes} != {name}:
                 yield f"{node.name} of {name} reads {feature.name}, whose table is in another tower"
         if outputs[name] != 1:
             yield f"{name} has {outputs[name]} outputs"

@@ -46,12 +46,14 @@ def layout(
     weighted: tuple[bool, ...],
     outputs: tuple[int, ...] = (),
     exchange: IdExchange = AT_ONCE,
+    summed: tuple[tuple[int, ...], ...] = (),
 ) -> Layout:
     """Return the static layout: tower groups x ranks in a group; each feature's owner, width and what it sends.
 
     ``outputs``: columns that each group sends to its peers where Tower Modules make them. ``exchange``: how ids travel.
+    ``summed``: features of row pieces that are added up.
     """
-    return make_layout(hosts, local_ranks, owners, widths, jagged, weighted, outputs, exchange)
+    return make_layout(hosts, local_ranks, owners, widths, jagged, weighted, outputs, exchange, summed)
 
 
 def _fake_pack_ids(sizes: FreshSizes, layout: Any, ids: Any, offsets: Any, *rest: Any) -> Any:

@@ -191,16 +191,16 @@ def batched_lookup(
 def _fake_split_features(sizes: FreshSizes, joined: Any, layout: Any, widths: Any = None) -> Any:
     order = range(len(widths)) if layout is None else layout.column_order
     widths = widths if layout is None else layout.widths
-    parts = joined.split([widths[i] for i in order], dim=1)
-    return tuple(part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0]))
+    parts = dict(zip(order, joined.split([widths[i] for i in order], dim=1), strict=True))
+    return tuple(parts.get(index) for index in range(len(widths)))
 
 
 @operator(_fake_split_features)
 def split_features(
     joined_BW: torch.Tensor, layout: Layout | None, widths: tuple[int, ...] | None = None
-) -> tuple[torch.Tensor, ...]:
-    """Return each feature's columns (B, D) in feature order, as views."""
-    out: tuple[torch.Tensor, ...] = _fake_split_features(None, joined_BW, layout, widths)  # type: ignore[arg-type]
+) -> tuple[torch.Tensor | None, ...]:
+    """Return each feature's columns (B, D) in feature order, as views; ``None`` for what was added to another."""
+    out: tuple[torch.Tensor | None, ...] = _fake_split_features(None, joined_BW, layout, widths)  # type: ignore[arg-type]
     return out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -114,15 +114,24 @@ def held_by_one_group(gm: fx.GraphModule, ctx: PassContext) -> dict[fx.Node, int
     }
 
 
-def find_towers(gm: fx.GraphModule, ctx: PassContext, lookups: Sequence[fx.Node]) -> TowerRegions:
-    """Return the Tower Modules that read some of ``lookups``, which are exchanged together.
+def find_towers(
+    gm: fx.GraphModule, ctx: PassContext, lookups: Sequence[fx.Node], features: Mapping[int, fx.Node]
+) -> TowerRegions:
+    """Return the Tower Modules that read some of ``features``, which are exchanged together.
+
+    Args:
+        gm: the graph.
+        ctx: the plan, and the tables of the lookups.
+        lookups: of the group.
+        features: what is read of them, by the index of a lookup: it, or the sum of the pieces of which it is the first.
 
     Raises:
         UnsupportedGraphError: a module reads something else than its tower's features and parameters.
     """
     assert ctx.plan is not None
     outputs = {node.args[1]: node for node in calls(gm, ops.tower_output)}
-    inputs = [n for n in calls(gm, ops.tower_input) if nodes_in(n.args[0])[0] in lookups]
+    places = {node: index for index, node in features.items()}
+    inputs = [n for n in calls(gm, ops.tower_input) if nodes_in(n.args[0])[0] in places]
     if not inputs:
         return TowerRegions()
     modules = [_module(gm, ctx, node, outputs[node.args[1]]) for node in inputs]
@@ -136,14 +145,14 @@ def find_towers(gm: fx.GraphModule, ctx: PassContext, lookups: Sequence[fx.Node]
         if tower.name in by_name:
             module = modules[by_name[tower.name]]
             compressed = list(module.input.args[0])  # type: ignore[arg-type]
-            indices = tuple(lookups.index(lookup) for lookup in compressed)
+            indices = tuple(places[feature] for feature in compressed)
             dtype = str(module.input.meta["val"].dtype).removeprefix("torch.")
             width = int(module.output.meta["val"].shape[1])
             runs.append(ex.TowerRun(group, indices, by_name[tower.name], dtype, width))
-        for index, lookup in enumerate(lookups):
-            as_it_is = lookup not in compressed or any(u.target is not ops.tower_input for u in lookup.users)
-            if tables[lookup.name] in tower.tables and as_it_is:
-                runs.append(ex.TowerRun(group, (index,), -1, "", int(lookup.meta["val"].shape[1])))
+        for index, feature in features.items():
+            as_it_is = feature not in compressed or any(u.target is not ops.tower_input for u in feature.users)
+            if tables[lookups[index].name] in tower.tables and as_it_is:
+                runs.append(ex.TowerRun(group, (index,), -1, "", int(feature.meta["val"].shape[1])))
     return TowerRegions(modules, tuple(runs))
 
 

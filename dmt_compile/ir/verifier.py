@@ -63,7 +63,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "one-tower",
         Stage.TOWERED,
-        "Every table, or else each piece of its columns, belongs to exactly one tower.",
+        "Every table, or else each of its pieces, belongs to exactly one tower.",
         graph.one_tower,
     ),
     Rule("towers", Stage.TOWERED, "A Tower Module reads features of its own tower, and has one output.", graph.towers),
@@ -116,6 +116,12 @@ RULES: tuple[Rule, ...] = (
         Stage.DISTRIBUTED,
         "Exchanges are laid out by the features' widths and the plan's owners.",
         exchange.widths,
+    ),
+    Rule(
+        "summed",
+        Stage.DISTRIBUTED,
+        "The row pieces of a table are added up, each once and nothing else.",
+        exchange.summed,
     ),
     Rule(
         "towers-apart",

@@ -1,4 +1,4 @@
-"""Make a tower plan: tables to towers, and whole tables to the ranks of their tower."""
+"""Make a tower plan: tables to towers, and tables or pieces of them to the ranks of their tower."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from itertools import count
 from dmt_compile.errors import ConfigError, PlanError
 from dmt_compile.partition.affinity import group_by_interaction, targets
 from dmt_compile.partition.balance import balance, imbalance
-from dmt_compile.partition.columns import split_as_named, split_by_columns
 from dmt_compile.partition.interaction import InteractionMatrix, inside_share
+from dmt_compile.partition.splits import split_as_named, split_by_columns, split_in_tower
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.topology import Topology
 
@@ -33,6 +33,8 @@ def make_plan(
     max_imbalance: float | None = None,
     memory_bytes: int | None = None,
     split_columns: bool = False,
+    split_rows: bool = False,
+    across_towers: bool = True,
     seed: int = 0,
 ) -> TowerPlan:
     """Assign every table to one tower and one rank; the same arguments give the same plan.
@@ -51,12 +53,15 @@ def make_plan(
             to the mean tower. ``None`` is 1.1, where tables are too uneven for that 1.1 times the least that they
             allow; a number must be kept.
         memory_bytes: the most bytes of weights on a rank.
-        split_columns: split tables that outweigh a tower or a rank, and others while there are fewer than towers. An
-            explicit partition may name pieces, such as ``emb.3[:, 0:32]``, without it.
+        split_columns: split tables that outweigh a tower or a rank, and others while there are fewer than towers.
+        split_rows: split tables that outweigh a rank of their tower, over the tower's ranks; with ``split_columns``
+            as well by rows or by columns, whichever costs less. An explicit partition may name pieces, such as
+            ``emb.3[:, 0:32]`` and ``emb.3[0:500]``, without either.
+        across_towers: pieces of a table's columns may go to different towers, which Tower Modules do not take.
         seed: of the search for ``"coherent"`` and ``"diverse"`` towers.
 
     Returns:
-        A plan with one shard per table, or per piece of a table's columns. A tower or a rank may hold no table.
+        A plan with one shard per table, or per piece of a table. A tower or a rank may hold no table.
 
     Raises:
         ConfigError: the number of towers does not fit the number of hosts, or interactions are missing.
@@ -69,10 +74,14 @@ def make_plan(
     _check_number(number, topology.hosts)
     if not isinstance(partition, str):
         tables = split_as_named(tables, (name for names in partition for name in names))
-    elif split_columns:
-        tables = split_by_columns(tables, number, memory_bytes)
+    elif split_columns and across_towers:
+        tables = split_by_columns(tables, number, None if split_rows else memory_bytes)
+    in_tower = split_rows or (split_columns and not across_towers)  # once towers have their tables
+    groups = min(number, topology.hosts)
+    hosts_per_group = topology.hosts // groups
+    ranks = topology.grouped(hosts_per_group).local_ranks
     if memory_bytes is not None:
-        _check_memory(tables, topology, memory_bytes)
+        _check_memory(tables, topology, memory_bytes, ranks if in_tower else 1)
     why: tuple[str, ...] = ()
     if isinstance(partition, str):
         if partition in STRATEGIES:
@@ -83,18 +92,23 @@ def make_plan(
         members = [[table for table, bin_ in zip(tables, bins, strict=True) if bin_ == k] for k in range(number)]
     else:
         members = _explicit(tables, partition)
-    groups = min(number, topology.hosts)
-    hosts_per_group = topology.hosts // groups
-    ranks = topology.grouped(hosts_per_group).local_ranks
+    split: dict[str, list[TableSpec]] = {}
     owners: dict[str, int] = {}
     for group in range(groups):
-        here = members[group * number // groups : (group + 1) * number // groups]
+        towers_here = range(group * number // groups, (group + 1) * number // groups)
+        if in_tower:
+            whole = [table for k in towers_here for table in members[k]]
+            split |= split_in_tower(whole, topology, ranks, memory_bytes, split_rows, split_columns)
+            for k in towers_here:
+                members[k] = [piece for table in members[k] for piece in split.get(table.name, [table])]
+        here = [members[k] for k in towers_here]
         if partition == "strided":
             placed = [pair for tower in here for pair in zip(tower, _strided(len(tower), ranks), strict=True)]
         else:
             together = [table for tower in here for table in tower]
             placed = list(zip(together, _on_ranks(together, ranks, exact, memory_bytes), strict=True))
         owners |= {table.name: group * ranks + local_rank for table, local_rank in placed}
+    tables = [piece for table in tables for piece in split.get(table.name, [table])]
     if memory_bytes is not None:
         _check_ranks(tables, owners, topology.world_size, memory_bytes)
     return TowerPlan(
@@ -103,7 +117,7 @@ def make_plan(
         towers=tuple(_tower(k, members[k], k * groups // number, hosts_per_group) for k in range(number)),
         placements={t.name: (Shard(owners[t.name], (0, t.rows), (0, t.dim)),) for t in tables},
         partition="explicit" if explicit else str(partition),
-        notes=(*why, *_notes(tables, topology.world_size, members, owners)),
+        notes=(*why, *_split_notes(tables, owners), *_notes(tables, topology.world_size, members, owners)),
     )
 
 
@@ -112,7 +126,7 @@ def _tower(k: int, tables: Sequence[TableSpec], group: int, hosts_per_group: int
         name=f"tower{k}",
         tables=tuple(table.name for table in tables),
         hosts=tuple(range(group * hosts_per_group, (group + 1) * hosts_per_group)),
-        output_width=sum(table.features * table.dim for table in tables),
+        output_width=sum(table.features * table.dim for table in {table.added: table for table in tables}.values()),
     )
 
 
@@ -167,7 +181,7 @@ def _interacting(
         )
     if not tables:
         return [], ()
-    matrix = interactions.of_tables([table.name for table in tables])
+    matrix = interactions.of_tables([table.whole or table.name for table in tables])
     moved, memory = _loads(tables)
     resources = [moved, memory, [table.features * table.bags * table.pooling for table in tables]]
     limits = targets(resources, number, bound.imbalance or MAX_IMBALANCE)
@@ -229,17 +243,18 @@ def _check_towers(
             )
 
 
-def _check_memory(tables: Sequence[TableSpec], topology: Topology, memory_bytes: int) -> None:
-    """See that tables can fit ranks at all.
+def _check_memory(tables: Sequence[TableSpec], topology: Topology, memory_bytes: int, pieces: int) -> None:
+    """See that tables can fit ranks at all, in up to ``pieces`` each where they may be split by rows.
 
     Raises:
         PlanError: names the table that does not fit, or the sum.
     """
     for table in tables:
-        if table.memory_bytes > memory_bytes:
+        share = table.memory_bytes / (pieces if table.splits != "none" else 1)
+        if share > memory_bytes:
             raise PlanError(
                 f"partition: expected tables of at most memory_bytes = {memory_bytes:,} bytes, found {table.name} of "
-                f"{table.memory_bytes:,}; raise the bound or set split_columns"
+                f"{table.memory_bytes:,}; raise the bound or set split_columns or split_rows"
             )
     total = sum(table.memory_bytes for table in tables)
     if total > memory_bytes * topology.world_size:
@@ -303,6 +318,23 @@ def _explicit(tables: Sequence[TableSpec], partition: Sequence[Sequence[str]]) -
             f"partition: expected every table in a list, found none for {shown}; add them to a tower's list"
         )
     return [[by_name[name] for name in names] for names in partition]
+
+
+def _split_notes(tables: Sequence[TableSpec], owners: dict[str, int]) -> tuple[str, ...]:
+    """Say which tables are in pieces, of what, and on which ranks."""
+    pieces: dict[str, list[TableSpec]] = {}
+    for table in tables:
+        if table.whole:
+            pieces.setdefault(table.whole, []).append(table)
+    notes = []
+    for whole, found in pieces.items():
+        sums = Counter(piece.added for piece in found)
+        columns, rows = len(sums), max(sums.values())
+        ways = [f"{number} ranges of {what}" for number, what in ((columns, "columns"), (rows, "rows")) if number > 1]
+        ranks = ", ".join(map(str, sorted({owners[piece.name] for piece in found})))
+        notes.append(f"table {whole} is split into {' and '.join(ways) or 'one piece'}, on ranks {ranks}")
+    more = [f"and {len(notes) - 5} more tables are split"] if len(notes) > 5 else []
+    return (*notes[:5], *more)
 
 
 def _notes(

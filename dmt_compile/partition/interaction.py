@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmt_compile.errors import ConfigError, PlanError
-from dmt_compile.plan import whole_of
 
 Matrix = NDArray[np.float64]
 VERSION = 1
@@ -67,24 +66,23 @@ class InteractionMatrix:
     def of_tables(self, names: Sequence[str]) -> Matrix:
         """Return the interaction of tables, (T, T): the mean over the pairs of features that read the two.
 
-        A table is in one tower whatever its own features do, so the diagonal stays 0. Pieces of a table's columns
-        interact with others as the table does, and with each other in full.
+        A table is in one tower whatever its own features do, so the diagonal stays 0. A table that is named several
+        times, once for each of its pieces, interacts with others as it does, and with itself in full.
 
         Raises:
             PlanError: no feature reads one of the tables.
         """
-        wholes = [whole_of(name)[0] for name in names]
-        missing = [name for name in wholes if name not in self.tables]
+        missing = [name for name in names if name not in self.tables]
         if missing:
             raise PlanError(
                 f"partition: expected every table in the interactions, found none for {missing[0]} ({len(missing)} "
                 "missing); measure them on this model with dmt_compile.interactions(model, batches)"
             )
-        reads_TF = np.array([[table == name for table in self.tables] for name in wholes], dtype=np.float64)
+        reads_TF = np.array([[table == name for table in self.tables] for name in names], dtype=np.float64)
         reads_TF = reads_TF.reshape(len(names), len(self.features))
         reads_TF /= np.maximum(reads_TF.sum(axis=1, keepdims=True), 1)
         matrix_TT = reads_TF @ self.matrix @ reads_TF.T
-        matrix_TT[np.array([[a == b for a in wholes] for b in wholes], dtype=bool).reshape(matrix_TT.shape)] = 1.0
+        matrix_TT[np.array([[a == b for a in names] for b in names], dtype=bool).reshape(matrix_TT.shape)] = 1.0
         np.fill_diagonal(matrix_TT, 0.0)
         return np.asarray((matrix_TT + matrix_TT.T) / 2)
 

@@ -47,6 +47,9 @@ AT_ONCE = IdExchange()
 class Layout:
     """Which rank owns each feature's table, and its width.
 
+    A table in pieces has as many features, one for each; those of row pieces are added up once the exchange inside the
+    tower group has brought them together, and are one feature from there on, numbered as the first of them.
+
     Args:
         topology: tower groups x ranks in a group (hosts x local ranks where a tower is one host).
         owners: global rank of each feature's table, in feature order.
@@ -55,6 +58,7 @@ class Layout:
         weighted: per feature, each id has a weight.
         outputs: columns that each tower group sends to its peers; empty where it sends its features as they are.
         exchange: how ids reach their owners.
+        summed: sets of features that are added up, each of one tower group.
     """
 
     topology: Topology
@@ -64,6 +68,7 @@ class Layout:
     weighted: tuple[bool, ...]
     outputs: tuple[int, ...] = ()
     exchange: IdExchange = AT_ONCE
+    summed: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def run_topology(self) -> Topology:
@@ -111,19 +116,26 @@ class Layout:
 
     def group_width(self, group: int) -> int:
         """Columns that a tower group sends to its peers."""
-        if self.outputs:
-            return self.outputs[group]
+        return self.outputs[group] if self.outputs else self.features_width(group)
+
+    def features_width(self, group: int) -> int:
+        """Columns of a tower group's features, the sums of pieces among them."""
         return sum(self.widths[i] for i in self.group_features(group))
 
-    def group_features(self, group: int) -> tuple[int, ...]:
+    def group_lookups(self, group: int) -> tuple[int, ...]:
         """Feature indices of a tower group, in the order of their columns after the exchange inside it."""
         local = self.topology.local_ranks
         return tuple(i for features in self.features_by_rank[group * local : (group + 1) * local] for i in features)
 
+    def group_features(self, group: int) -> tuple[int, ...]:
+        """The same, without those that were added to another: the columns that the group has for its peers."""
+        added = {i for pieces in self.summed for i in pieces[1:]}
+        return tuple(i for i in self.group_lookups(group) if i not in added)
+
     @cached_property
     def column_order(self) -> tuple[int, ...]:
         """Feature indices in the order of their columns after the last exchange."""
-        return tuple(i for features in self.features_by_rank for i in features)
+        return tuple(i for group in range(self.topology.hosts) for i in self.group_features(group))
 
     @cached_property
     def jagged_by_rank(self) -> tuple[int, ...]:
@@ -146,9 +158,10 @@ def make_layout(
     weighted: tuple[bool, ...],
     outputs: tuple[int, ...] = (),
     exchange: IdExchange = AT_ONCE,
+    summed: tuple[tuple[int, ...], ...] = (),
 ) -> Layout:
     """Return the layout of these owners; the same object for the same arguments."""
-    return Layout(Topology(hosts, local_ranks), owners, widths, jagged, weighted, outputs, exchange)
+    return Layout(Topology(hosts, local_ranks), owners, widths, jagged, weighted, outputs, exchange, summed)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from dmt_compile.errors import ConfigError, PlanError
 from dmt_compile.inspection.dumps import GraphDump
 from dmt_compile.ir.stages import Stage
 from dmt_compile.partition.assign import make_plan
-from dmt_compile.plan import TableSpec, TowerPlan, whole_of
+from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime.program import Program
 from dmt_compile.runtime.untrained import watch_optimizers
+from dmt_compile.table_names import whole_among
 from dmt_compile.topology import Topology
 from dmt_compile.towers import NAME, Towers
 
@@ -81,16 +82,15 @@ def plan_for(
         if towers is not None and partition == "balanced" and all(table.name in held for table in tables):
             partition = [list(names) for names in towers.tables.values()]
         if not isinstance(partition, str):  # tables behind a graph break are planned with their own graph
-            others = {table.name for table in elsewhere}
-            partition = [[name for name in group if whole_of(name)[0] not in others] for group in partition]
+            others = whole_among([table.name for table in elsewhere], [name for group in partition for name in group])
+            partition = [[name for name in group if name not in others] for group in partition]
         return make_plan(tables, topology, partition=partition, **options.planner())
     if (given.topology.hosts, given.topology.local_ranks) != (topology.hosts, topology.local_ranks):
         raise PlanError(
             f"plan: expected a plan for topology {topology}, found one for {given.topology}; make it again with "
             f"dmt_compile.plan(model, batch, topology='{topology}')"
         )
-    named = {table.name for table in given.whole_tables()} - {table.name for table in tables}
-    given.check_tables((*tables, *(table for table in elsewhere if table.name in named)))
+    given.check_tables(tables, elsewhere)
     return given
 
 

@@ -22,11 +22,17 @@ from dmt_compile.runtime.world import ProcessWorld
 def block_of(plan: TowerPlan, table: Table, rank: int, model: Any) -> Block:
     """Return the block that ``rank`` holds of the parameter of a table: the shards of all its tables, or no rows.
 
-    Of several column ranges it is the columns from the first to the last: a block is one tensor.
+    Of several column ranges it is the columns from the first to the last, of row ranges that overlap all of their rows:
+    a block is one tensor, and each of its rows is there once.
     """
     owned = [shard for _, shard in plan.parts_of(table.parameter_name) if shard.rank == rank]
     columns = [column for shard in owned for column in shard.columns] or [0, table.dim]
-    rows = sorted({shard.rows for shard in owned}) or [(0, 0)]
+    rows: list[tuple[int, int]] = []
+    for first, end in sorted({shard.rows for shard in owned}) or [(0, 0)]:
+        if rows and first < rows[-1][1]:
+            rows[-1] = rows[-1][0], max(end, rows[-1][1])
+        else:
+            rows.append((first, end))
     return Block(table.parameter_name, tuple(rows), (min(columns), max(columns)), model)
 
 

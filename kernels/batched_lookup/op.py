@@ -197,7 +197,7 @@ def _fields(pooling: tuple[Pooling, ...], tables: Sequence[Any]) -> list[Any]:
     seen: Counter[Any] = Counter()
     found: list[Any] = []
     for how, table in zip(pooling, tables, strict=True):
-        if how.field_rows is None:
+        if how.field_rows is None or how.mode != "none":  # a piece of rows has bags
             found.append(None)
             continue
         key = (id(table), how.columns, how.field_rows)

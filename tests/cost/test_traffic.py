@@ -18,6 +18,7 @@ from dmt_compile.cost.traffic import Hop, bytes_per_link, embedding_traffic, mes
 from dmt_compile.errors import PlanError
 from dmt_compile.partition.assign import make_plan
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
+from dmt_compile.table_names import parameter_of, rows_of
 from dmt_compile.topology import Topology
 from tests.models import DLRM, make_batch
 
@@ -268,6 +269,38 @@ def test_the_model_of_traffic_is_what_the_program_sends(topology: str, towers: i
     for key, hop in expected.items():
         assert sent[key] == {"intra": hop.intra_bytes, "cross": hop.cross_bytes}, key
     assert sum(sum(links.values()) for (name, _), links in sent.items() if name.startswith("ids")) > 0
+
+
+PIECES = [
+    ["weighted[0:2]", "weighted[2:11]", "one[0:3, 0:1]", "one[3:5, 0:1]", "one[:, 1:3]"],
+    ["plain", "unpooled[0:5]", "unpooled[5:8]", "pooled[:, 0:2]", "pooled[0:2, 2:6]", "pooled[2:9, 2:6]"],
+]
+
+
+@pytest.mark.parametrize(
+    ("topology", "partition"), [("2x2", PIECES), ("1x3", [[n for names in PIECES for n in names]])]
+)
+def test_pieces_send_what_the_model_of_traffic_says(topology: str, partition: list[list[str]]) -> None:
+    torch.manual_seed(0)
+    model, world = Lookups(), SimulatedWorld(topology)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [3, 1, 4, 2][: world.topology.world_size]
+    batches = [lookups_batch(size, generator) for size in sizes]
+    plan = dmt_compile.plan(model, batches[0], topology, partition=partition)
+    read = {"weighted": 0, "plain": 0, "one": 2, "pooled": 3, "unpooled": 4}
+    counts = {}
+    for table in plan.tables:
+        ids = [batch[read[parameter_of(table.name).parameter]] for batch in batches]
+        first, end = rows_of(table.name) or (0, 100)
+        counts[table.name] = [int(((i >= first) & (i < end)).sum()) for i in ids]
+    sum(output.sum() for output in world.run(model, batches, dense_compiler="eager", plan=plan)).backward()
+    hops = {"ids": "ids", "weights": "ids", "intra": "in-host embeddings", "peer": "peer embeddings"}
+    sent: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: {"intra": 0, "cross": 0})
+    for (collective, direction, link), sent_bytes in world.ledger.records.items():
+        if collective in hops:
+            sent[hops[collective], direction][link] += sent_bytes
+    for hop in embedding_traffic(plan, sizes, counts).sptt:
+        assert sent[hop.name, hop.direction] == {"intra": hop.intra_bytes, "cross": hop.cross_bytes}, hop
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from tests._tolerances import FORWARD, GRADIENT
 from tests.distributed import scenarios
-from tests.passes.test_split_columns import PIECES
+from tests.passes.test_split_tables import PIECES, in_rows
 from tests.ranks import run_ranks, values
 
 LONGEST_SUM = 64  # ids of one row in a global batch, and the widest layer
@@ -109,6 +109,51 @@ def test_pieces_of_every_lookup_train_as_the_flat_model_s() -> None:
     for result in results:
         assert max(result["output"], result["evaluation"]) <= FORWARD[torch.float32] * LONGEST_SUM**0.5
         assert result["gradient"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
+    assert results[0]["weights"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
+
+
+# Whole tables, pieces of columns, of rows and of both; one rank of the second tower has no table.
+DLRM_ROWS = [
+    [
+        *("emb.0[0:20]", "emb.0[20:50]", "emb.1[:, 0:4]", "emb.1[:, 4:8]", "emb.4"),
+        *("emb.3[0:9, 0:4]", "emb.3[9:33, 0:4]", "emb.3[:, 4:8]"),
+    ],
+    ["emb.2"],
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sparse", "built_after", "clip"),
+    [("sgd", False, False, None), ("adagrad", False, True, 0.5), ("adagrad", True, False, None)],
+)
+def test_row_pieces_train_as_the_flat_model(kind: str, sparse: bool, built_after: bool, clip: float | None) -> None:
+    job = partial(scenarios.train, partition=DLRM_ROWS)
+    results = values(run_ranks(job, 4, kind, sparse, "2x2", built_after, clip))
+    assert any(sum(result["owned"]) == 0 for result in results)
+    for result in results:
+        assert result["output"] <= FORWARD[torch.float32] * LONGEST_SUM**0.5
+        for name in ("norm", "weights"):
+            assert result[name] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5, name
+    per_element = {"sgd": 0, "adagrad": 1}[kind]
+    assert [result["state"] for result in results] == [per_element * sum(result["owned"]) for result in results]
+
+
+# Beside pieces of rows and columns at once, ranks hold what lies between them, whose gradient is 0.
+ONLY_ROWS = [
+    [*("bag[0:4]", "bag[4:11]", "item[0:6]", "item[6:13]"), "fields[0:7]", "first_order[7:12]", "pooled"],
+    [
+        *("frozen[0:5]", "frozen[5:6]", "fields[7:10]", "fields[10:12]", "fields[12:21]"),
+        *("first_order[0:5]", "first_order[5:7]", "first_order[12:21]"),
+    ],
+]
+
+
+@pytest.mark.parametrize(("partition", "compared"), [(ONLY_ROWS, ["gradient"]), (in_rows(2), [])])
+def test_row_pieces_of_every_lookup_train_as_the_flat_model_s(partition: list[list[str]], compared: list[str]) -> None:
+    results = values(run_ranks(partial(scenarios.train_every_lookup, partition=partition), 4, "2x2", False))
+    for result in results:
+        assert max(result["output"], result["evaluation"]) <= FORWARD[torch.float32] * LONGEST_SUM**0.5
+        assert all(result[name] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5 for name in compared)
     assert results[0]["weights"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
 
 

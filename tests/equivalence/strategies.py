@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from hypothesis import strategies as st
@@ -77,6 +78,25 @@ def specs(draw: st.DrawFn) -> Spec:
 
 
 @st.composite
+def pieces(draw: st.DrawFn, spec: Spec, index: int) -> list[list[str]]:
+    """A whole table, or pieces of its columns, each of them whole or in rows, which one tower holds together."""
+    table, name = spec.tables[index], f"emb.{index}"
+    by_rows = all(feature.mode != "max" for feature in spec.features if feature.table == index)
+
+    def ranges(size: int) -> list[str]:
+        cuts = sorted(draw(st.sets(st.integers(1, size - 1), max_size=2))) if size > 1 and draw(st.booleans()) else []
+        return [f"{first}:{end}" for first, end in pairwise([0, *cuts, size])]
+
+    out = []
+    for columns in ranges(table.dim):
+        rows = ranges(table.rows) if by_rows else []
+        whole = ":" if columns != f"0:{table.dim}" else ""
+        names = [f"{name}[{part}, {columns}]" for part in (rows if len(rows) > 1 else [whole]) if part]
+        out.append(names or [name])
+    return out
+
+
+@st.composite
 def worlds(draw: st.DrawFn, spec: Spec) -> World:
     """A topology of 1x1 to 4x4, a plan for the model's tables, a way for ids, and batches that may be empty."""
     topology = Topology(draw(st.integers(1, 4)), draw(st.integers(1, 4)))
@@ -84,11 +104,15 @@ def worlds(draw: st.DrawFn, spec: Spec) -> World:
     partition = draw(st.sampled_from(["balanced", "strided", "explicit"]))
     options: dict[str, Any] = {"partition": partition, "towers": towers}
     if partition == "explicit" and all(feature.kind != "fields" for feature in spec.features):
-        number = len(spec.tables)
-        of_table = draw(st.lists(st.integers(0, towers - 1), min_size=number, max_size=number))
-        options = {"partition": [[f"emb.{i}" for i, k in enumerate(of_table) if k == tower] for tower in range(towers)]}
+        lists: list[list[str]] = [[] for _ in range(towers)]
+        for index in range(len(spec.tables)):
+            for together in draw(pieces(spec, index)):
+                lists[draw(st.integers(0, towers - 1))] += together
+        options = {"partition": lists}
     elif partition == "explicit":
         options["partition"] = "strided"  # the names of split field tables are the compiler's
+    if partition != "explicit":
+        options |= {"split_rows": draw(st.booleans()), "split_columns": draw(st.booleans())}
     options["id_exchange"] = draw(st.sampled_from(["auto", "global", "hierarchical"]))
     ranks = topology.world_size
     sizes = tuple(

@@ -27,6 +27,7 @@ from dmt_compile.runtime.route import AT_ONCE, HEADER_FIELDS, IdExchange, Layout
 from dmt_compile.runtime.simulated_world import SimulatedWorld, _AllToAll, _LockstepProgram, _SimulatedRank, _Transfer
 from dmt_compile.runtime.world import Execution, Ledger, executing
 from dmt_compile.topology import Topology
+from tests._tolerances import assert_reordered
 from tests.models import DLRM, Batch, make_batch
 
 # ------------------------------------------------------------------------------------------- fake rules tell the truth
@@ -138,6 +139,12 @@ def batches_of(model: DLRM, sizes: Sequence[int]) -> list[Batch]:
     return [make_batch(model, size, generator) for size in sizes]
 
 
+IN_ROWS = [
+    ["emb.0[0:2]", "emb.0[2:6]", "emb.1", "emb.2", "weighted[0:3]", "weighted[3:6]", "one"],
+    ["even[0:1]", "even[1:3]", "item[0:3]", "item[3:7]", "ends[0:4]", "ends[4:5]"],
+]
+
+
 def test_every_fake_rule_agrees_with_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Everything()
@@ -151,6 +158,8 @@ def test_every_fake_rule_agrees_with_what_runs(monkeypatch: pytest.MonkeyPatch) 
         DLRM(rows=(6, 5, 4)), batches, dense_compiler="eager", tower_module="dlrm", tower_module_options={"dim": 4}
     )
     assert [len(output) for output in towered] == [3, 2, 1, 4]
+    pieces = SimulatedWorld("2x2").run(model, batches, dense_compiler="eager", partition=IN_ROWS)
+    pieces += SimulatedWorld("1x1").run(model, batches[:1], dense_compiler="eager", partition=IN_ROWS)
     monkeypatch.setattr(
         pipeline,
         "passes_in_order",
@@ -161,6 +170,8 @@ def test_every_fake_rule_agrees_with_what_runs(monkeypatch: pytest.MonkeyPatch) 
     expected = [model(*batch) for batch in batches]
     for outputs in (fused, by_hosts, unfused, [alone[0], *fused[1:]]):
         assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    for output, wanted in zip(pieces, [*expected, expected[0]], strict=True):
+        assert_reordered(output, wanted, 8)
 
 
 # ------------------------------------------------------------------------------------------------------------- headers

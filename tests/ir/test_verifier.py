@@ -558,6 +558,12 @@ def ids_sent_to_others_than_the_owners(graph: Captured) -> str:
     return r"layout sends ids to \(3, 3, 3\), expected the owners of the plan"
 
 
+@fault("summed", "2x2", "lower_to_sptt")
+def features_added_up_that_are_no_pieces(graph: Captured) -> str:
+    graph.node(id_ops.layout).update_arg(7, ((0, 1),))
+    return r"layout adds up features \(\(0, 1\),\), expected those of row pieces, \(\)"
+
+
 @fault("synchronized", "2x2", "compile_dense_regions")
 def a_gradient_that_is_not_averaged(graph: Captured) -> str:
     start = graph.node(gradient_ops.start_gradients)

@@ -12,7 +12,7 @@ from dmt_compile.errors import BatchError
 from dmt_compile.ir import ops
 from dmt_compile.ir.embedding_graph import EmbeddingGraph, Feature
 from dmt_compile.ir.pass_base import calls
-from dmt_compile.plan import parameter_of
+from dmt_compile.table_names import parameter_of
 from tests.passes._harness import Captured, Lookups, assert_compiled_is_eager, bags, capture, dense, dlrm, fields
 
 

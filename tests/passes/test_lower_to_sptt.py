@@ -50,8 +50,8 @@ def test_the_hops_of_a_topology(topology: str, hops: list[str], permutes: int) -
         ex.join_features,
     ):
         assert graph.count(target) == 1
-    hosts, local_ranks, owners, widths, jagged, weighted, outputs, exchange = graph.node(id_ops.layout).args
-    assert outputs == ()  # features are exchanged as they are
+    hosts, local_ranks, owners, widths, jagged, weighted, outputs, exchange, summed = graph.node(id_ops.layout).args
+    assert outputs == summed == ()  # features are exchanged as they are
     assert exchange == IdExchange("int32", 0, (False,) * 3)
     assert f"{hosts}x{local_ranks}" == topology
     assert graph.ctx.plan is not None
