@@ -2,9 +2,10 @@
 
 Each host is a Linux network namespace; a bridge in one more namespace joins them. Traffic between ranks of one host
 stays on the namespace's loopback; traffic between hosts passes ``eth0``, whose two directions are rate-limited and
-whose byte counters are the kernel's. ``network`` builds this, ``launch`` starts one process a rank and asks it to work,
-``rank`` is that process. Training programs: ``flat`` (written by hand), ``torchrec_programs``, ``ours`` (through
-``torch.compile``), on the one ``workload``; ``programs`` lists them. ``session`` measures, ``results`` keeps and prints.
+whose byte counters are the kernel's.
 
+``network`` builds this, ``launch`` starts one process a rank, ``rank`` is that process. ``programs`` lists what is
+trained: ``flat``, written by hand, ``torchrec_programs``, and ``ours``, through ``torch.compile``; all on ``workload``.
+``session`` checks and measures, ``prediction`` computes what should be sent, ``results`` keeps and ``report`` prints.
 Started by ``benchmarks/cluster_bench.py``.
 """

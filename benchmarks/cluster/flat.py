@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from models import DLRM
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.programs import Step
-from cluster.workload import DLRM, Batch, Workload, loss_of
+from cluster.workload import Batch, Workload, loss_of, take_tables
 
 
 def owned_tables(tables: int, rank: int, world: int) -> range:
@@ -43,25 +44,17 @@ class _Exchange(torch.autograd.Function):
         return back, None, None
 
 
-class _Handed(nn.Module):
-    """Stands where a table was: returns the vectors that were looked up elsewhere."""
-
-    def forward(self, pooled_BD: Tensor, _: object) -> Tensor:
-        return pooled_BD
-
-
 def build(flat: DLRM, workload: Workload, batches: list[Batch]) -> Step:
     """Return the training step."""
     rank, world = dist.get_rank(), dist.get_world_size()
     owned = [owned_tables(workload.tables, r, world) for r in range(world)]
-    tables = [flat.emb[index] for index in owned[rank]]
-    flat.emb = nn.ModuleList([_Handed() for _ in flat.emb])
+    weights = take_tables(flat)
+    table_weights = [weights[index] for index in owned[rank]]
     # In a group of its own: the gradients' all-reduce runs beside the exchange of the embeddings' gradients.
     dense = DistributedDataParallel(flat, process_group=dist.new_group(list(range(world))))
-    table_weights = [table.weight for table in tables]
     optimizer = torch.optim.SGD([*dense.parameters(), *table_weights], lr=workload.lr)
     id_send = [len(tables_of) * workload.samples for tables_of in owned]
-    id_receive = [len(tables) * workload.samples] * world
+    id_receive = [len(table_weights) * workload.samples] * world
     send = [count * workload.dim for count in id_receive]
     receive = [count * workload.dim for count in id_send]
 
@@ -72,11 +65,11 @@ def build(flat: DLRM, workload: Workload, batches: list[Batch]) -> Step:
         optimizer.zero_grad()
         ids = batch.ids_FB.new_empty(sum(id_receive))
         dist.all_to_all_single(ids, batch.ids_FB.reshape(-1), id_receive, id_send)
-        ids_ORB = ids.view(world, len(tables), -1).transpose(0, 1)
+        ids_ORB = ids.view(world, len(table_weights), -1).transpose(0, 1)
         pooled_ORBD = torch.stack(
             [nn.functional.embedding(i, w, sparse=True) for i, w in zip(ids_ORB, table_weights, strict=True)]
         )
-        received = _Exchange.apply(pooled_ORBD.transpose(0, 1).reshape(-1), send, receive)
+        received: Tensor = _Exchange.apply(pooled_ORBD.transpose(0, 1).reshape(-1), send, receive)
         pooled_FBD = received.view(workload.tables, workload.samples, workload.dim)
         logits_B = dense(batch.dense_BI, list(pooled_FBD), [()] * workload.tables)
         loss = loss_of(logits_B, batch.labels_B)

@@ -1,4 +1,4 @@
-"""One process a rank in the hosts' namespaces, asked to work through its standard input, with a deadline for each answer.
+"""One process a rank in the hosts' namespaces, asked to work through its standard input, each time with a deadline.
 
 A request and its answer are one line of JSON each. Only processes started here are ended, by their ids.
 """
@@ -163,11 +163,21 @@ def ranks(
 
 @contextmanager
 def signals_as_exceptions() -> Iterator[None]:
-    """Turn the signals that end a program into ``SystemExit``, so that what was started is ended on the way out."""
+    """Turn the signals that end a program into exceptions, so that what was started is ended on the way out.
+
+    Raises:
+        SystemExit: the user or the machine ends the program.
+        ClusterError: the alarm that was set with ``signal.alarm`` rang.
+    """
 
     def leave(number: int, frame: Any) -> None:
         for each in ends:
             signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the clearing up
+        if number == signal.SIGALRM:
+            raise ClusterError(
+                "cluster: expected everything to be measured by now, found that the time given for it is over; what "
+                "was measured is kept: start the same command again, or raise --timeout-s"
+            )
         raise SystemExit(128 + number)
 
     ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)

@@ -7,11 +7,12 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from models import DLRM
 from torch import Tensor
 
 import dmt_compile
 from cluster.programs import Step
-from cluster.workload import DLRM, Batch, Workload, loss_of
+from cluster.workload import Batch, Workload, loss_of
 from dmt_compile.runtime.distributed_session import state_of
 
 

@@ -95,7 +95,10 @@ PROGRAMS = {
         ),
     )
 }  # fmt: skip
-DEFAULT_PROGRAMS = tuple(PROGRAMS)
+DEFAULT_PROGRAMS = (
+    *(name for name in PROGRAMS if name.startswith("torchrec-tw-") or name == "torchrec-tw"),
+    "torchrec-twrw", "torchrec-planner", "flat", "sptt", "towers-32", "towers-16", "towers-16-bf16",
+)  # fmt: skip
 
 
 def select(names: list[str]) -> list[Program]:
@@ -110,7 +113,9 @@ def select(names: list[str]) -> list[Program]:
     for name in names:
         found = [known for known in PROGRAMS if known == name or (name[-1:] == "*" and known.startswith(name[:-1]))]
         if not found:
-            raise ValueError(f"programs: expected some of {', '.join(PROGRAMS)}, found {name!r}; a trailing * is a prefix")
+            raise ValueError(
+                f"programs: expected some of {', '.join(PROGRAMS)}, found {name!r}; a trailing * is a prefix"
+            )
         for each in found:
             reference = PROGRAMS[each].same_as
             wanted += [each] if reference is None else [reference, each]

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ class Rank:
 
     def start(self, workload: dict[str, Any], defaults: dict[str, dict[str, Any]], timeout_s: float) -> Answer:
         """Join the process group and make the batches."""
-        sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in workload.items()}
+        sizes: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in workload.items()
+        }
         self.workload, self.defaults = Workload(**sizes), defaults
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
         self.waits.install()
@@ -88,14 +91,14 @@ class Rank:
         """Run steps from a barrier on.
 
         Returns:
-            Seconds of each step; per step, seconds of this thread's work and waits by collective, and the bytes that the
-            program says this rank sent to other hosts, by collective, where it keeps a ledger.
+            Seconds of each step; per step, seconds of this thread's work and waits by collective, and where the program
+            keeps a ledger the bytes that it says this rank sent to other hosts, by collective.
         """
         step = self.steps[program]
         world = None if step.state is None else step.state.world
         waited = self.waits.seconds if world is None else getattr(world, "waited_s", self.waits.seconds)
         dist.barrier()
-        waited.clear()
+        waited_before = dict(waited)
         if world is not None:
             world.ledger.clear()
         worked, times = time.thread_time(), [time.perf_counter()]
@@ -103,9 +106,9 @@ class Rank:
             step.run()
             times.append(time.perf_counter())
         answer: Answer = {
-            "step_s": [after - before for before, after in zip(times, times[1:], strict=False)],
+            "step_s": [after - before for before, after in pairwise(times)],
             "work_s": (time.thread_time() - worked) / steps,
-            "waited_s": {label: seconds / steps for label, seconds in waited.items()},
+            "waited_s": {label: (seconds - waited_before.get(label, 0.0)) / steps for label, seconds in waited.items()},
         }
         if world is not None:
             ledger: dict[str, float] = {}

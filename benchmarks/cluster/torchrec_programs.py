@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from models import DLRM
 from torch import Tensor, nn
 
 from cluster.programs import Step
-from cluster.workload import DLRM, Batch, Workload, loss_of
+from cluster.workload import Batch, Workload, loss_of, take_tables
 
 with warnings.catch_warnings():
     # fbgemm-gpu announces the end of its module paths, which torchrec imports
@@ -34,8 +35,8 @@ with warnings.catch_warnings():
     from torchrec.distributed.types import ShardingPlan
     from torchrec.modules.embedding_configs import EmbeddingBagConfig
     from torchrec.modules.embedding_modules import EmbeddingBagCollection
-    from torchrec.streamable import Pipelineable
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+    from torchrec.streamable import Pipelineable
 
 CPU = torch.device("cpu")
 FUSED = EmbeddingComputeKernel.FUSED.value  # the gradient's update of the table in the operator's backward
@@ -59,15 +60,8 @@ class _Sample(Pipelineable):
         return self
 
 
-class _Handed(nn.Module):
-    """Stands where a table was: returns the vectors that were looked up elsewhere."""
-
-    def forward(self, pooled_BD: Tensor, _: object) -> Tensor:
-        return pooled_BD
-
-
 class _Model(nn.Module):
-    """The flat model with its tables in one EmbeddingBagCollection."""
+    """The flat model, without its tables, after an EmbeddingBagCollection."""
 
     def __init__(self, flat: DLRM, workload: Workload) -> None:
         super().__init__()
@@ -81,7 +75,6 @@ class _Model(nn.Module):
             ],
             device=torch.device("meta"),
         )
-        flat.emb = nn.ModuleList([_Handed() for _ in self.keys])
         self.dense = flat
 
     def forward(self, batch: _Sample) -> tuple[Tensor, Tensor]:
@@ -90,9 +83,7 @@ class _Model(nn.Module):
         return loss_of(logits_B, batch.labels_B), logits_B
 
 
-def build(
-    flat: DLRM, workload: Workload, batches: list[Batch], sharding: str, pipeline: bool, fp16: bool
-) -> Step:
+def build(flat: DLRM, workload: Workload, batches: list[Batch], sharding: str, pipeline: bool, fp16: bool) -> Step:
     """Return the training step.
 
     Args:
@@ -105,7 +96,7 @@ def build(
         fp16: whether embeddings and their gradients travel as fp16.
     """
     logging.getLogger("torchrec").setLevel(logging.WARNING)
-    weights = [table.weight.detach() for table in flat.emb]
+    weights = take_tables(flat)
     model = _Model(flat, workload)
     fused = {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": workload.lr}
     half = QCommsConfig(forward_precision=CommType.FP16, backward_precision=CommType.FP16)
@@ -161,7 +152,7 @@ def _load(sharded: nn.Module, weights: list[Tensor]) -> None:
         (name,) = [name for name in found if f".t_f{index}." in name]
         for shard in found[name].local_shards():
             (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-            shard.tensor.detach().copy_(weight[row : row + rows, column : column + columns])
+            shard.tensor.detach().copy_(weight.detach()[row : row + rows, column : column + columns])
 
 
 def _plain(sharded: nn.Module, optimizer: torch.optim.Optimizer, samples: Iterator[_Sample]) -> Any:

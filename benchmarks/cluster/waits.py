@@ -13,7 +13,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-NAMES = ("all_to_all_single", "all_to_all", "all_reduce", "reduce_scatter_tensor", "reduce_scatter", "all_gather_into_tensor")
+NAMES = (
+    "all_to_all_single",
+    "all_to_all",
+    "all_reduce",
+    "reduce_scatter_tensor",
+    "reduce_scatter",
+    "all_gather_into_tensor",
+)
 
 
 class _TimedWork:
@@ -30,7 +37,7 @@ class _TimedWork:
             self._add(time.perf_counter() - start)
 
     @property
-    def __class__(self) -> type:  # TorchRec waits for nothing but a dist.Work
+    def __class__(self) -> Any:  # TorchRec waits for nothing but a dist.Work
         return dist.Work
 
     def __getattr__(self, name: str) -> Any:

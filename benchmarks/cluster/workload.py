@@ -68,6 +68,20 @@ def make_batches(workload: Workload, rank: int) -> list[Batch]:
     ]
 
 
+class _LookedUp(nn.Module):
+    """Stands where a table was: hands through the vectors that were looked up elsewhere."""
+
+    def forward(self, pooled_BD: Tensor, _: object) -> Tensor:
+        return pooled_BD
+
+
+def take_tables(flat: DLRM) -> list[Tensor]:
+    """Take the tables' weights out of the flat model, which then takes pooled embeddings in the place of ids."""
+    weights: list[Tensor] = list(flat.emb.parameters())
+    flat.emb = nn.ModuleList([_LookedUp() for _ in weights])
+    return weights
+
+
 def loss_of(logits_B: Tensor, labels_B: Tensor) -> Tensor:
     """Return the mean loss of a local batch."""
     return nn.functional.binary_cross_entropy_with_logits(logits_B, labels_B)
