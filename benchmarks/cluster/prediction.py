@@ -19,15 +19,19 @@ from dmt_compile.cost.traffic import Hop, embedding_traffic
 from dmt_compile.errors import ConfigError
 from dmt_compile.topology import Topology
 
+# Of the 16 bytes of an id and its bag's length, both int64: by hand only ids travel, under TorchRec lengths are int32.
+ID_SHARE = {"flat": 8 / 16, "torchrec_programs": 12 / 16}
+
 
 def ring_bytes(tensor_bytes: int, topology: Topology) -> float:
     """Return what each host sends to the next in a ring all-reduce over all ranks."""
     return 2 * tensor_bytes * (topology.world_size - 1) / topology.world_size if topology.hosts > 1 else 0.0
 
 
-def flat_bytes(hops: tuple[Hop, ...], topology: Topology, half: bool) -> float:
-    """Return what a host sends of ids, embeddings and gradients in the flat exchange; ``half`` for fp16 embeddings."""
-    return sum(hop.cross_bytes / (2 if half and hop.name != "ids" else 1) for hop in hops) / topology.hosts
+def flat_bytes(hops: tuple[Hop, ...], topology: Topology, id_share: float, embedding_share: float) -> float:
+    """Return what a host sends in the flat exchange, if ids and embeddings take a share of the bytes that hops count."""
+    shares = (id_share if hop.name == "ids" else embedding_share for hop in hops)
+    return sum(hop.cross_bytes * share for hop, share in zip(hops, shares, strict=True)) / topology.hosts
 
 
 def predict(program: Program, workload: Workload, layout: str) -> dict[str, float] | None:
@@ -54,7 +58,9 @@ def predict(program: Program, workload: Workload, layout: str) -> dict[str, floa
     if program.name != "flat" and program.options["sharding"] != "tw":
         return None
     return {
-        "embeddings": flat_bytes(_flat_hops(workload, layout), topology, not program.lossless),
+        "embeddings": flat_bytes(
+            _flat_hops(workload, layout), topology, ID_SHARE[program.module], 1.0 if program.lossless else 0.5
+        ),
         "dense": ring_bytes(dense_bytes(workload), topology),
     }
 

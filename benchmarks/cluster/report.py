@@ -43,7 +43,7 @@ def step_table(found: dict[str, list[Measurement]], title: str) -> Table:
     table.add_column("waiting for, ms")
     for name, measured in found.items():
         medians = [each.median_s * MS for each in measured]
-        waits = _mean([each.waited_s for each in measured])
+        waits = {label: s for label, s in _mean([each.waited_s for each in measured]).items() if s * MS >= 0.5}
         ratios = [None if each is None else speedup(measured, found[each]) for each in best]
         table.add_row(
             name,
