@@ -10,6 +10,9 @@ computing do not carry over to other machines. All programs train one flat DLRM 
 batches, and take turns. A program that is meant to be the flat model must have its outputs and losses, within the
 tolerances of the package, before anything is measured. Bytes are the kernel's counts on each host's uplink.
 
+Every rank compiles for itself, all on this machine's cores: minutes with cold caches. ``--dense-compiler eager`` takes
+a fraction of that, and leaves the dense parts as the other programs have them.
+
 Every measurement is a line of JSON in ``--out``; the same command goes on where a broken run was. ``waiting`` holds the
 waits that a program makes through ``torch.distributed``; DistributedDataParallel's own are outside it and outside
 ``working``.

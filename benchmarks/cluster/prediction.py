@@ -29,7 +29,7 @@ def ring_bytes(tensor_bytes: int, topology: Topology) -> float:
 
 
 def flat_bytes(hops: tuple[Hop, ...], topology: Topology, id_share: float, embedding_share: float) -> float:
-    """Return what a host sends in the flat exchange, if ids and embeddings take a share of the bytes that hops count."""
+    """Return what a host sends in the flat exchange, where ids and embeddings take a share of what hops count."""
     shares = (id_share if hop.name == "ids" else embedding_share for hop in hops)
     return sum(hop.cross_bytes * share for hop, share in zip(hops, shares, strict=True)) / topology.hosts
 
