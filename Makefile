@@ -9,10 +9,10 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test equivalence lint types wheel-check clean
+.PHONY: help demo test equivalence cluster-bench lint types wheel-check clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo-installed  ## Run the demo; ARGS are passed on to it
 	@$(BIN)/python examples/demo.py $(ARGS)
@@ -22,6 +22,9 @@ test: $(VENV)/.dev-installed  ## Run the tests; ARGS are passed on to pytest
 
 equivalence: $(VENV)/.dev-installed  ## Compare 5,000 random cases with the flat model; ARGS="--cases 500 --seed 1"
 	@$(BIN)/python -m tests.equivalence.run $(ARGS)
+
+cluster-bench: $(VENV)/.dev-installed  ## As root: TorchRec, flat and dmt on emulated hosts; ARGS="--help" lists choices
+	@$(BIN)/python benchmarks/cluster_bench.py $(ARGS)
 
 lint: $(VENV)/.dev-installed  ## Check style and formatting
 	@$(BIN)/ruff check

@@ -1,0 +1,57 @@
+"""The flat model through ``torch.compile(model, backend="dmt")``."""
+
+from __future__ import annotations
+
+import os
+from itertools import cycle
+from typing import Any
+
+import torch
+from models import DLRM
+from torch import Tensor
+
+import dmt_compile
+from cluster.programs import Step
+from cluster.workload import Batch, Workload, loss_of
+from dmt_compile.runtime.distributed_session import state_of
+
+
+def topology() -> str:
+    """Return the emulated cluster's topology."""
+    local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+    return f"{int(os.environ['WORLD_SIZE']) // local_ranks}x{local_ranks}"
+
+
+def build(
+    flat: DLRM,
+    workload: Workload,
+    batches: list[Batch],
+    options: dict[str, Any] | None = None,
+    dense_compiler: str = "inductor",
+) -> Step:
+    """Return the training step.
+
+    Args:
+        flat: the flat model.
+        workload: its sizes.
+        batches: local batches.
+        options: of the backend, beside topology and dense compiler.
+        dense_compiler: what compiles the dense parts.
+    """
+    every = {"topology": topology(), "dense_compiler": dense_compiler} | (options or {})
+    compiled = torch.compile(flat, backend="dmt", options=every)
+    dmt_compile.warmup(compiled, batches[0].inputs())
+    optimizer = torch.optim.SGD(flat.parameters(), lr=workload.lr)
+
+    upcoming = cycle(batches)
+
+    def step() -> tuple[Tensor, Tensor]:
+        batch = next(upcoming)
+        optimizer.zero_grad()
+        logits_B = compiled(*batch.inputs())
+        loss = loss_of(logits_B, batch.labels_B)
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), logits_B.detach()
+
+    return Step(step, next(state for state in map(state_of, flat.parameters()) if state is not None))
