@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from dmt_compile import torch_internals
 from dmt_compile.backend import compile_graph, copy_graph
 from dmt_compile.capture import Capture
-from dmt_compile.config import Options
+from dmt_compile.config import HOPS, Options
 from dmt_compile.cost.id_exchange import id_exchange_of
 from dmt_compile.cost.traffic import bytes_per_link
 from dmt_compile.inspection.dumps import GraphDump
@@ -101,7 +101,10 @@ def explain(
         effect=PipelineReport(records).effect,
         batch_size=captured.batch_size,
         bytes_per_link=bytes_per_link(
-            captured.plan, captured.batch_size, id_exchange_of(parsed.id_exchange, captured.plan)
+            captured.plan,
+            captured.batch_size,
+            id_exchange_of(parsed.id_exchange, captured.plan),
+            {hop: parsed.wire_forms(hop) for hop in HOPS},
         ),
     )
 

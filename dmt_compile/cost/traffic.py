@@ -15,10 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dmt_compile.kernels.pack_rows.reference import packed_dtype, packed_width
 from dmt_compile.plan import TowerPlan
 from dmt_compile.topology import Topology
 
 Matrix = NDArray[np.int64]
+Forms = Mapping[str, tuple[str | None, str | None]]
+NO_FORM = (None, None)
+NO_FORMS: Forms = {}
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,15 @@ class Traffic:
         }
 
 
-def bytes_per_link(plan: TowerPlan, batch_size: int, id_exchange: str = "global") -> dict[str, dict[str, int]]:
+def bytes_per_link(
+    plan: TowerPlan, batch_size: int, id_exchange: str = "global", forms: Forms = NO_FORMS
+) -> dict[str, dict[str, int]]:
     """Return the bytes of one training step in which every rank has ``batch_size`` samples.
 
     Args:
         plan: whole tables, or pieces of them, on single ranks.
         batch_size: samples of each rank.
-        id_exchange: as for :func:`embedding_traffic`.
+        id_exchange, forms: as for :func:`embedding_traffic`.
 
     Returns:
         ``{"flat", "sptt" or "sptt+tm": {"intra" or "cross": bytes}}``, summed over all ranks, ids and both directions;
@@ -76,7 +82,8 @@ def bytes_per_link(plan: TowerPlan, batch_size: int, id_exchange: str = "global"
     Raises:
         PlanError: a table has several shards.
     """
-    return embedding_traffic(plan, [batch_size] * plan.topology.world_size, id_exchange=id_exchange).bytes_per_link()
+    sizes = [batch_size] * plan.topology.world_size
+    return embedding_traffic(plan, sizes, id_exchange=id_exchange, forms=forms).bytes_per_link()
 
 
 def embedding_traffic(
@@ -84,6 +91,7 @@ def embedding_traffic(
     batch_sizes: Sequence[int],
     id_counts: Mapping[str, Sequence[int]] | None = None,
     id_exchange: str = "global",
+    forms: Forms = NO_FORMS,
 ) -> Traffic:
     """Return every exchange of one training step.
 
@@ -93,6 +101,9 @@ def embedding_traffic(
         id_counts: for each table, or piece, the ids that each rank looks up in it; by default its mean pooling times
             the rank's samples and the table's features.
         id_exchange: how ids reach the owners under SPTT, ``"global"`` or ``"hierarchical"``; flat they go at once.
+        forms: hop (``"intra"``, ``"peer"``) -> the forms in which embeddings travel on it under SPTT, forward and
+            backward; see :meth:`dmt_compile.config.Options.wire_forms`. Of a form that is scaled by row, one scale is
+            counted for each sample, as many as there are where all lookups have one bag a sample.
 
     Raises:
         PlanError: a table has several shards.
@@ -119,20 +130,24 @@ def embedding_traffic(
     group, position = ranks // groups.local_ranks, ranks % groups.local_ranks
     group_width = np.bincount(group, feature_S, groups.hosts).astype(np.int64)
     peer_rows = np.bincount(position, batch_R, groups.local_ranks).astype(np.int64)
-    flat_SR = width_S[:, None] * batch_R
-    in_host_SR = width_S[:, None] * peer_rows[position] * (group[:, None] == group)
+    in_host_SR = peer_rows[position] * (group[:, None] == group)
     peers_SR = batch_R * (position[:, None] == position)
+    element_bytes = max((table.element_bytes for table in plan.tables), default=1)
+
+    def hop(name: str, link: str, width_S: NDArray[np.int64], rows_SR: Matrix) -> tuple[Hop, Hop]:
+        there, back = (_packed(width_S, element_bytes, form)[:, None] * rows_SR for form in forms.get(link, NO_FORM))
+        return _hop(name, "forward", there, topology), _hop(name, "backward", back.T, topology)
 
     def with_peers(name: str, width: NDArray[np.int64]) -> tuple[Hop, ...]:
         return (
             *(_by_way_of_hosts(ids_SR, topology) if id_exchange == "hierarchical" else [ids]),
-            *_both_directions("in-host embeddings", in_host_SR, topology),
-            *_both_directions(name, width[group][:, None] * peers_SR, topology),
+            *hop("in-host embeddings", "intra", width_S, in_host_SR),
+            *hop(name, "peer", width[group], peers_SR),
         )
 
     ids = _hop("ids", "forward", ids_SR, topology)
     return Traffic(
-        flat=(ids, *_both_directions("flat embeddings", flat_SR, topology)),
+        flat=(ids, *hop("flat embeddings", "flat", width_S, np.broadcast_to(batch_R, ids_SR.shape))),
         sptt=with_peers("peer embeddings", group_width),
         sptt_tm=with_peers("peer tower outputs", group_width - _saved_bytes(plan)) if plan.tower_modules else (),
     )
@@ -182,8 +197,12 @@ def message_counts(plan: TowerPlan) -> dict[str, dict[str, int]]:
     }
 
 
-def _both_directions(name: str, bytes_SR: Matrix, topology: Topology) -> tuple[Hop, Hop]:
-    return _hop(name, "forward", bytes_SR, topology), _hop(name, "backward", bytes_SR.T, topology)
+def _packed(width: NDArray[np.int64], element_bytes: int, form: str | None) -> NDArray[np.int64]:
+    """Return the bytes of a sample in a form on the wire, given those of the embeddings as they are."""
+    if form is None:
+        return width
+    columns = width // element_bytes
+    return packed_dtype(form).itemsize * np.array([packed_width(int(n), form) for n in columns], dtype=np.int64)
 
 
 def _hop(name: str, direction: str, bytes_SR: Matrix, topology: Topology) -> Hop:

@@ -271,6 +271,24 @@ def test_the_model_of_traffic_is_what_the_program_sends(topology: str, towers: i
     assert sum(sum(links.values()) for (name, _), links in sent.items() if name.startswith("ids")) > 0
 
 
+@pytest.mark.parametrize("forms", [("bfloat16", None), ("float8", "float16"), ("int8", "int8")])
+def test_narrower_forms_are_counted_as_they_are_sent(forms: tuple[str, str | None]) -> None:
+    torch.manual_seed(0)
+    model, world, generator = DLRM(), SimulatedWorld("2x2"), torch.Generator().manual_seed(0)
+    sizes = [3, 0, 4, 2]
+    batches = [make_batch(model, size, generator) for size in sizes]
+    plan = dmt_compile.plan(model, batches[0], "2x2")
+    comm_dtype = {"peer": tuple(form or "float32" for form in forms), "intra": "float16"}
+    torch.cat(world.run(model, batches, dense_compiler="eager", plan=plan, comm_dtype=comm_dtype)).sum().backward()
+    traffic = embedding_traffic(plan, sizes, forms={"peer": forms, "intra": ("float16", "float16")})
+    found = {"intra": "in-host embeddings", "peer": "peer embeddings"}
+    for hop in traffic.sptt:
+        for name in (name for name, long in found.items() if long == hop.name):
+            sent = [world.ledger.records.get((name, hop.direction, link), 0) for link in ("intra", "cross")]
+            assert sent == [hop.intra_bytes, hop.cross_bytes], hop
+            assert sum(sent) > 0
+
+
 PIECES = [
     ["weighted[0:2]", "weighted[2:11]", "one[0:3, 0:1]", "one[3:5, 0:1]", "one[:, 1:3]"],
     ["plain", "unpooled[0:5]", "unpooled[5:8]", "pooled[:, 0:2]", "pooled[0:2, 2:6]", "pooled[2:9, 2:6]"],
