@@ -69,7 +69,7 @@ class OverlapCollectives(Pass):
         )
 
     def _urgency(self, node: fx.Node, chain: set[fx.Node]) -> int:
-        if node.target in (gradient_ops.averaging, gradient_ops.wait_gradients):
+        if node.op == "get_attr" or node.target in (gradient_ops.averaging, gradient_ops.wait_gradients):
             return _FIRST  # what is made first is waited for last
         if node.target is ex.start_all_to_all:
             return _START

@@ -183,8 +183,8 @@ def moving(change: Callable[[str, str, list[torch.Tensor]], list[torch.Tensor]])
     """Return a ``_Transfer.move`` whose result ``change(hop, direction, received)`` has touched."""
     move = simulated_world._Transfer.move
 
-    def changed(self: Any, tensors: Any, sizes: Any, direction: str) -> list[torch.Tensor]:
-        return change(self.hop, direction, move(self, tensors, sizes, direction))
+    def changed(self: Any, tensors: Any, backward: bool = False) -> list[torch.Tensor]:
+        return change(self.hop, "backward" if backward else "forward", move(self, tensors, backward))
 
     return changed
 

@@ -76,7 +76,7 @@ def seconds_in_rows(table: TableSpec, number: int, topology: Topology) -> float:
 
     ``(ids + number * lengths) / id link + 2 * number * embeddings / in-host link``; embeddings go forward and backward.
     """
-    lengths = 8 * table.features * table.bags
+    lengths = table.id_bytes * table.features * table.bags
     ids = table.id_bytes_per_sample - table.jagged * lengths
     partial = 2 * number * table.output_bytes_per_sample
     return (ids + number * lengths) / _id_link(topology) + partial / topology.intra_bytes_per_s

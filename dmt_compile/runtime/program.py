@@ -73,19 +73,25 @@ class Program:
         with executing(self._execution):
             if self._without_header:
                 id_ops.exchange_headers(id_ops.plain_header(), (), ())
-            for coming in self.coming:
-                if coming.fits(args):
-                    self.coming.remove(coming)
-                    start = time.perf_counter()
-                    ahead = coming.result.result()
-                    self.world.waited_s["ids", "forward"] += time.perf_counter() - start
-                    self._agreed()
-                    return coming.front.rest(*args, *ahead)
-            return self.gm(*args)
+            run, given = self._rest(args)
+            return run(*given)
 
     def next_limit_s(self) -> float:
         """Return how long the next call waits for the other ranks."""
         return self.limit_s(self._calls + 1)
+
+    def _rest(self, args: tuple[Any, ...]) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+        """Return the graph to run and its arguments: that without the front where the batch was sent off before."""
+        assert self.world is not None
+        for coming in self.coming:
+            if coming.fits(args):
+                self.coming.remove(coming)
+                start = time.perf_counter()
+                given = coming.result.result()
+                self.world.waited_s["ids", "forward"] += time.perf_counter() - start
+                self._agreed()
+                return coming.front.rest, (*args, *given)
+        return self.gm, args
 
     def _agreed(self) -> None:
         """Every rank runs this program now."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dmt_compile.ir.piece_ops import add_blocks, divide_by_lengths, select_rows
 from dmt_compile.kernels.batched_lookup.reference import Pooling
-from dmt_compile.runtime.route import Route, make_layout
+from dmt_compile.runtime.route import AT_ONCE, Route, make_layout
 
 SUM = Pooling("sum", sparse=False)
 PIECES = ((3, 5), (5, 11), (11, 12))
@@ -88,7 +88,7 @@ def test_means_are_those_of_embedding_bag(last_offset: bool, padding_counts: boo
 
 def test_blocks_of_pieces_are_added_where_the_first_one_stands() -> None:
     # Features 1 and 3 are pieces of one table on ranks 1 and 0, 0 and 2 are whole; rank 2 is another group.
-    layout = make_layout(2, 2, (0, 1, 2, 0), (1, 2, 3, 2), (True,) * 4, (False,) * 4, (), ((1, 3),))
+    layout = make_layout(2, 2, (0, 1, 2, 0), (1, 2, 3, 2), (True,) * 4, (False,) * 4, (), AT_ONCE, ((1, 3),))
     assert (layout.group_lookups(0), layout.group_features(0)) == ((0, 3, 1), (0, 1))
     assert (layout.column_order, layout.group_width(0), layout.rank_widths) == ((0, 1, 2), 3, (3, 2, 3, 0))
     joined = torch.tensor([[1.0, 20.0, 30.0, 4.0, 5.0]], requires_grad=True)

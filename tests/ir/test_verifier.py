@@ -560,7 +560,7 @@ def ids_sent_to_others_than_the_owners(graph: Captured) -> str:
 
 @fault("summed", "2x2", "lower_to_sptt")
 def features_added_up_that_are_no_pieces(graph: Captured) -> str:
-    graph.node(id_ops.layout).update_arg(7, ((0, 1),))
+    graph.node(id_ops.layout).update_arg(8, ((0, 1),))
     return r"layout adds up features \(\(0, 1\),\), expected those of row pieces, \(\)"
 
 

@@ -156,9 +156,9 @@ def test_rows_and_columns_are_chosen_by_what_a_sample_costs() -> None:
         )
         assert f"table big is split into 2 ranges of {way}, on ranks 0, 1" in plan.notes
     topology = Topology(2, 2, intra_bytes_per_s=2.0, cross_bytes_per_s=1.0)
-    assert seconds_in_rows(short, 2, topology) == (8 + 2 * 8) / 1 + 2 * 2 * 256 / 2
-    assert seconds_in_columns(short, 2, topology) == 2 * 16 / 1 + 2 * 256 / 2
-    assert seconds_in_columns(short, 2, Topology(1, 2, intra_bytes_per_s=2.0)) == 2 * 16 / 2 + 2 * 256 / 2
+    assert seconds_in_rows(short, 2, topology) == (4 + 2 * 4) / 1 + 2 * 2 * 256 / 2  # an id, and a length a piece
+    assert seconds_in_columns(short, 2, topology) == 2 * 8 / 1 + 2 * 256 / 2
+    assert seconds_in_columns(short, 2, Topology(1, 2, intra_bytes_per_s=2.0)) == 2 * 8 / 2 + 2 * 256 / 2
 
 
 def test_a_table_of_few_columns_is_split_by_rows_where_a_rank_s_memory_asks_for_it() -> None:

@@ -175,7 +175,7 @@ def test_a_lookup_in_rows_reads_what_each_piece_holds() -> None:
     assert [table.rows for table in graph.ctx.embedding_graph.tables] == [4, 5]
     assert torch.allclose(graph.outputs(), before)
     graph.advance("lower_to_sptt")
-    assert graph.node(id_ops.layout).args[7] == ((0, 1),)
+    assert graph.node(id_ops.layout).args[8] == ((0, 1),)
     assert graph.count(piece_ops.add_pieces) == 0
     assert graph.count(piece_ops.add_blocks) == 1
 
