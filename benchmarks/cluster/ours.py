@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
@@ -28,6 +29,7 @@ def build(
     batches: list[Batch],
     options: dict[str, Any] | None = None,
     dense_compiler: str = "inductor",
+    prefetch: bool = False,
 ) -> Step:
     """Return the training step.
 
@@ -37,19 +39,23 @@ def build(
         batches: local batches.
         options: of the backend, beside topology and dense compiler.
         dense_compiler: what compiles the dense parts.
+        prefetch: send the next batch's ids while a step computes.
     """
     every = {"topology": topology(), "dense_compiler": dense_compiler} | (options or {})
     compiled = torch.compile(flat, backend="dmt", options=every)
     dmt_compile.warmup(compiled, batches[0].inputs())
     optimizer = torch.optim.SGD(flat.parameters(), lr=workload.lr)
 
-    upcoming = cycle(batches)
+    items = [(batch.inputs(), batch.labels_B) for batch in batches]
+    upcoming: Iterator[Any] = cycle(items)
+    if prefetch:
+        upcoming = dmt_compile.prefetch(upcoming, compiled, batch_of=lambda item: item[0])
 
     def step() -> tuple[Tensor, Tensor]:
-        batch = next(upcoming)
+        inputs, labels_B = next(upcoming)
         optimizer.zero_grad()
-        logits_B = compiled(*batch.inputs())
-        loss = loss_of(logits_B, batch.labels_B)
+        logits_B = compiled(*inputs)
+        loss = loss_of(logits_B, labels_B)
         loss.backward()
         optimizer.step()
         return loss.detach(), logits_B.detach()

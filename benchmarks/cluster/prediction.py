@@ -19,8 +19,9 @@ from dmt_compile.cost.traffic import Hop, embedding_traffic
 from dmt_compile.errors import ConfigError
 from dmt_compile.topology import Topology
 
-# Of the 16 bytes of an id and its bag's length, both int64: by hand only ids travel, under TorchRec lengths are int32.
-ID_SHARE = {"flat": 8 / 16, "torchrec_programs": 12 / 16}
+# Hops count 8 bytes for an id and its bag's length, both int32: by hand int64 ids travel alone, under TorchRec with them
+# lengths that are int32.
+ID_SHARE = {"flat": 8 / 8, "torchrec_programs": 12 / 8}
 
 
 def ring_bytes(tensor_bytes: int, topology: Topology) -> float:

@@ -86,6 +86,7 @@ PROGRAMS = {
         Program("flat", "flat", same_as=None),
         *_torchrec(),
         Program("sptt", "ours"),
+        Program("sptt-prefetch", "ours", {"prefetch": True}),
         Program("sptt-bf16", "ours", {"options": {"comm_dtype": HALF_WIRE}}, precision="bfloat16"),
         Program("towers-32", "ours", {"options": _towers(32)}, same_as=None),
         Program("towers-16", "ours", {"options": _towers(16)}, same_as=None),
@@ -93,11 +94,17 @@ PROGRAMS = {
             "towers-16-bf16", "ours", {"options": _towers(16) | {"comm_dtype": HALF_WIRE}},
             same_as="towers-16", precision="bfloat16",
         ),
+        Program(
+            "towers-16-bf16-prefetch", "ours",
+            {"options": _towers(16) | {"comm_dtype": HALF_WIRE}, "prefetch": True},
+            same_as="towers-16", precision="bfloat16",
+        ),
     )
 }  # fmt: skip
 DEFAULT_PROGRAMS = (
     *(name for name in PROGRAMS if name.startswith("torchrec-tw-") or name == "torchrec-tw"),
-    "torchrec-twrw", "torchrec-planner", "flat", "sptt", "towers-32", "towers-16", "towers-16-bf16",
+    "torchrec-twrw", "torchrec-planner", "flat", "sptt", "sptt-prefetch", "towers-32", "towers-16", "towers-16-bf16",
+    "towers-16-bf16-prefetch",
 )  # fmt: skip
 
 

@@ -96,19 +96,22 @@ class Rank:
         """
         step = self.steps[program]
         world = None if step.state is None else step.state.world
-        waited = self.waits.seconds if world is None else getattr(world, "waited_s", self.waits.seconds)
         dist.barrier()
-        waited_before = dict(waited)
+        waited_before = dict(self.waits.seconds)
         if world is not None:
             world.ledger.clear()
+            world.waited_s.clear()
         worked, times = time.thread_time(), [time.perf_counter()]
         for _ in range(steps):
             step.run()
             times.append(time.perf_counter())
+        waited = {name: seconds - waited_before.get(name, 0.0) for name, seconds in self.waits.seconds.items()}
+        if world is not None:
+            waited = {" ".join(key): seconds for key, seconds in world.waited_s.items()}
         answer: Answer = {
             "step_s": [after - before for before, after in pairwise(times)],
             "work_s": (time.thread_time() - worked) / steps,
-            "waited_s": {label: (seconds - waited_before.get(label, 0.0)) / steps for label, seconds in waited.items()},
+            "waited_s": {label: seconds / steps for label, seconds in waited.items()},
         }
         if world is not None:
             ledger: dict[str, float] = {}

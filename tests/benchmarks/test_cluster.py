@@ -150,18 +150,20 @@ def test_predictions_are_the_bytes_of_the_papers_cost_analysis() -> None:
     topology = Topology.parse("2x2")
     # Each of 4 ranks has 16 samples of 4 tables; two of the four owners are on the other host; both ways; by host.
     embeddings = 4 * 16 * 4 * 8 * 4 // 2 * 2 / 2
-    ids = 4 * 16 * 4 * 8 // 2 / 2  # beside them as many bytes of bag lengths
+    ids = 4 * 16 * 4 * 8 // 2 / 2  # int64 ones, or int32 ones with their bags' lengths
     dense = 2 * dense_bytes(workload) * 3 / 4
     assert predict(PROGRAMS["flat"], workload, "2x2") == {"embeddings": embeddings + ids, "dense": dense}
     assert predict(PROGRAMS["torchrec-tw-fp16"], workload, "2x2") == {
         "embeddings": embeddings / 2 + 1.5 * ids,
         "dense": dense,
     }
-    assert predict(PROGRAMS["sptt"], workload, "2x2") == {"embeddings": embeddings + 2 * ids}
+    assert predict(PROGRAMS["sptt"], workload, "2x2") == {"embeddings": embeddings + ids}
     assert predict(PROGRAMS["torchrec-planner"], workload, "2x2") is None
     assert ring_bytes(100, topology) == 150
     assert ring_bytes(100, Topology(1, 4)) == 0
-    ours = measured("sptt", 0, 1.0, ledger_bytes={"peer": 3.0, "synchronize": 4.0}, predicted_bytes={"embeddings": 2.0})
+    ours = measured(
+        "sptt", 0, 1.0, ledger_bytes={"peer": 3.0, "dense_gradients": 4.0}, predicted_bytes={"embeddings": 2.0}
+    )
     assert predicted_bytes(ours) == 6.0
 
 
