@@ -96,6 +96,8 @@ class Ranks:
                     raise self._error(late, request, f"none after {timeout_s:g} s")
                 for key, _ in ready:
                     self._read(key.data, request, answers)
+                    if key.data in answers:  # it may end now; its next request would say so
+                        selector.unregister(key.fileobj)
         return [answers[rank] for rank in range(len(self.processes))]
 
     def _read(self, rank: int, request: dict[str, Any], answers: dict[int, Answer]) -> None:
