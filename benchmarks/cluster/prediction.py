@@ -19,8 +19,8 @@ from dmt_compile.cost.traffic import Hop, embedding_traffic
 from dmt_compile.errors import ConfigError
 from dmt_compile.topology import Topology
 
-# Hops count 8 bytes for an id and its bag's length, both int32: by hand int64 ids travel alone, under TorchRec with them
-# lengths that are int32.
+# Hops count 8 bytes for an id and its bag's length, both int32: by hand int64 ids travel alone, under TorchRec with
+# lengths, which are int32.
 ID_SHARE = {"flat": 8 / 8, "torchrec_programs": 12 / 8}
 
 
