@@ -140,6 +140,10 @@ def test_valid_values_are_kept(values: dict[str, Any]) -> None:
             {"dense_reduction": None},
             "options: expected a known 'dense_reduction', found None; valid are 'auto', 'flat', 'hierarchical'",
         ),
+        (
+            {"comm_dtype": {"dense": "bfloat16"}, "dense_reduction": "flat"},
+            "options: expected a hierarchical 'dense_reduction' for hop 'dense' in 'comm_dtype', found 'flat'",
+        ),
         ({"timeout_s": 0}, "options: expected seconds above 0 for 'timeout_s', found 0"),
         ({"timeout_s": float("nan")}, "options: expected seconds above 0 for 'timeout_s', found nan"),
         ({"first_timeout_s": -1.0}, "options: expected seconds above 0 for 'first_timeout_s', found -1.0"),

@@ -200,3 +200,12 @@ def test_a_graph_without_parameters_does_not_change() -> None:
     report = SyncDenseGradients().run(graph.gm, ctx)
     assert (report.changed, report.matched) == (False, 0)
     assert ([node.name for node in placeholders(graph.gm)], graph.code()) == before
+
+
+@pytest.mark.parametrize(("topology", "hierarchical"), [("2x2", True), ("4x1", True), ("1x4", False)])
+def test_comm_dtype_reaches_the_hop_between_hosts(topology: str, hierarchical: bool) -> None:
+    graph = dlrm(topology, comm_dtype={"dense": "bfloat16"})
+    report = graph.advance("sync_dense_gradients")
+    reduction = graph.node(gradient_ops.averaging).args[0]
+    assert (reduction.hierarchical, reduction.wire_dtype) == (hierarchical, "bfloat16" if hierarchical else None)
+    assert report.effect is (Effect.LOSSY if hierarchical else None)
