@@ -100,7 +100,7 @@ def reduce_hierarchically(world: World, flat_P: torch.Tensor, reduction: Reducti
     """
     topology, label = world.topology, reduction.label
     wire = reduction.wire(flat_P.dtype)
-    across = "across" if reduction.tower < 0 else "across tower"
+    across = "chain across" if reduction.tower < 0 else "chain across tower"
 
     def scattered(sent: torch.Tensor, group: str, members: int) -> torch.Tensor:
         received = sent if members == 1 else world.start_exchange(sent, label, group).wait()
@@ -109,11 +109,11 @@ def reduce_hierarchically(world: World, flat_P: torch.Tensor, reduction: Reducti
     def gathered(part: torch.Tensor, group: str, members: int) -> torch.Tensor:
         return part if members == 1 else world.start_gather(part, label, group).wait()
 
-    part = scattered(flat_P, "host", topology.local_ranks)
+    part = scattered(flat_P, "chain host", topology.local_ranks)
     part /= reduction.divisor(topology)
     if reduction.hosts > 1:
         part = gathered(scattered(part.to(wire), across, reduction.hosts).to(wire), across, reduction.hosts)
-    flat_P.copy_(gathered(part.to(flat_P.dtype), "host", topology.local_ranks))
+    flat_P.copy_(gathered(part.to(flat_P.dtype), "chain host", topology.local_ranks))
 
 
 class Averaging:

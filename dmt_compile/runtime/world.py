@@ -85,8 +85,9 @@ class World(Protocol):
     """What a running program asks of the ranks around it.
 
     Groups: ``world``, all ranks; ``intra``, those of this rank's tower group, and ``peer``, those with its place in
-    every tower group; ``host``, those of its host, ``across``, those with its local rank on every host, and ``across
-    tower``, those with its local rank on the hosts of its tower. Chains alone use the last three.
+    every tower group; ``host``, those of its host, and ``across``, those with its local rank on every host. Chains run
+    beside all that, in groups that nothing else uses: ``chain host``, ``chain across``, and ``chain across tower``,
+    those with this rank's local rank on the hosts of its tower.
     """
 
     topology: Topology
@@ -170,11 +171,13 @@ class ProcessWorld:
             "intra": [grouped.intra_ranks(h * grouped.local_ranks) for h in range(grouped.hosts)],
             "peer": [grouped.peer_ranks(local) for local in range(grouped.local_ranks)],
             "world": [tuple(range(grouped.world_size))],
-        }
-        of_chains: dict[str, list[tuple[int, ...]]] = {
             "host": [topology.intra_ranks(h * topology.local_ranks) for h in range(topology.hosts)],
             "across": across,
-            "across tower": parts if 1 < span < topology.hosts else [],
+        }
+        of_chains: dict[str, list[tuple[int, ...]]] = {
+            "chain host": own["host"],
+            "chain across": across,
+            "chain across tower": parts if span > 1 else [],
         }
         for groups in (own, of_chains):  # chains have an order of their own, so their groups are others
             made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
