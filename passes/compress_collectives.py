@@ -27,16 +27,16 @@ class CompressCollectives(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassReport:
         """Rewrite ``gm`` in place."""
-        notes = []
+        notes: list[str] = []
+        changed: set[object] = set()
         for node in calls(gm, ex.start_all_to_all):
             tensor, route, hop, group, *own = node.args
             asked = ctx.options.wire_forms(str(hop))
             forms = [wish or form for wish, form in zip(asked, own, strict=True)]
             if forms != own:
                 node.args = (tensor, route, hop, group, *forms)
+                changed.add(hop)
                 notes.append(f"{hop}: {forms[0]} forward, {forms[1]} backward, in place of {own[0]}")
-        missing = [hop for hop in ctx.options.comm_dtype if hop != "dense" and any(ctx.options.wire_forms(hop))]
-        skipped = [(hop, "no exchange of embeddings on this hop") for hop in missing if not any(
-            note.startswith(f"{hop}:") for note in notes
-        )]  # fmt: skip
+        asked_for = [hop for hop in ctx.options.comm_dtype if hop != "dense" and any(ctx.options.wire_forms(hop))]
+        skipped = [(hop, "no exchange of embeddings on this hop") for hop in asked_for if hop not in changed]
         return PassReport(changed=bool(notes), matched=len(notes), skipped=tuple(skipped), notes=tuple(notes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx
@@ -16,6 +16,8 @@ from dmt_compile.runtime.route import ID_HOPS
 _LOOKUPS = (ops.lookup, ops.batched_lookup)
 _HOPS = {what + hop: group for what in ("ids", "weights") for way in ID_HOPS.values() for hop, group in way}
 _HOPS |= {"intra": "intra", "peer": "peer"}
+_ALL_TO_ALL = (ex.start_all_to_all, ex.wait_all_to_all)
+_ROUTED = (ex.start_all_to_all, ex.peer_permute, ex.join_blocks, piece_ops.add_blocks, ex.run_towers)
 # Each way that data goes; ids and their weights may take turns.
 _WAYS = tuple(
     tuple(hop for hop in _HOPS if hop.partition("_")[0] in (what, "intra", "peer")) for what in ("ids", "weights")
@@ -45,25 +47,13 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     after = ["peer", ex.join_blocks] if groups.hosts > 1 else []
     after += [gradient_ops.scale_gradient] if ctx.training else []
     for split in calls(gm, ops.split_features):
-        route: Any = None
-        found: list[Any] = []
-        node = split.args[0]
-        while isinstance(node, fx.Node) and node.target not in (ex.join_features, ops.batched_lookup):
-            if node.target is ex.wait_all_to_all:
-                node = node.args[0]
-                continue
-            found.insert(0, node.args[2] if node.target is ex.start_all_to_all else node.target)
-            if node.target in (
-                ex.start_all_to_all,
-                ex.peer_permute,
-                ex.join_blocks,
-                piece_ops.add_blocks,
-                ex.run_towers,
-            ):
-                route = route or node.args[1]
-                if node.args[1] is not route:
-                    yield f"{node.name} follows another route than the rest of {split.name}"
-            node = node.args[0]
+        behind = _behind(split.args[0], lambda node: node.target not in (ex.join_features, ops.batched_lookup))
+        found = [_step(node) for node in behind]
+        routed = [node for node in behind if node.target in _ROUTED]
+        route: Any = routed[-1].args[1] if routed else None
+        for node in reversed(routed):
+            if node.args[1] is not route:
+                yield f"{node.name} follows another route than the rest of {split.name}"
         at_home = not isinstance(route, fx.Node) or route.meta["val"].layout.exchange.hosts  # rows are in peer order
         expected: list[Any] = [] if at_home or groups.hosts == 1 or groups.local_ranks == 1 else [ex.peer_permute]
         expected += ["intra", ex.join_blocks] if groups.local_ranks > 1 else []
@@ -74,6 +64,20 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
             yield f"{split.name} comes from the steps {_names(found)}, expected {_names(expected)}"
 
 
+def _behind(node: Any, goes_on: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Return the chain of first arguments that ends in a node, in its order; of an all-to-all the start alone."""
+    chain: list[fx.Node] = []
+    while isinstance(node, fx.Node) and goes_on(node):
+        chain.insert(0, node)
+        node = node.args[0]
+    return [node for node in chain if node.target is not ex.wait_all_to_all]
+
+
+def _step(node: fx.Node) -> Any:
+    """Return the hop of an all-to-all, or what another node calls."""
+    return node.args[2] if node.target is ex.start_all_to_all else node.target
+
+
 def _names(steps: list[Any]) -> list[str]:
     return [step if isinstance(step, str) else getattr(step, "__name__", str(step)) for step in steps]
 
@@ -82,17 +86,11 @@ def delivered(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for node in calls(gm, id_ops.unpack_ids, weight_ops.unpack_weights):
         what = "ids" if node.target is id_ops.unpack_ids else "weights"
         route: Any = node.args[1]
-        found: list[Any] = []
-        source = node.args[0]
-        steps = (ex.wait_all_to_all, ex.start_all_to_all, id_ops.regroup_by_owner)
-        while isinstance(source, fx.Node) and source.target in steps:
-            if source.target is ex.wait_all_to_all:
-                source = source.args[0]
-                continue
-            found.insert(0, source.args[2] if source.target is ex.start_all_to_all else source.target)
+        behind = _behind(node.args[0], lambda n: n.target in (*_ALL_TO_ALL, id_ops.regroup_by_owner))
+        found = [_step(source) for source in behind]
+        for source in reversed(behind):
             if source.args[1] is not route:
                 yield f"{source.name} follows another route than {node.name}"
-            source = source.args[0]
         way = [what + hop for hop, _ in ID_HOPS[bool(route.meta["val"].layout.exchange.hosts)]]
         expected = [*way[:1], *(step for hop in way[1:] for step in (id_ops.regroup_by_owner, hop))]
         if found != expected:
