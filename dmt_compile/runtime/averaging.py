@@ -9,7 +9,7 @@ Shape suffixes: P elements of a bucket, padded so that every rank has an equal p
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ import torch
 from dmt_compile import torch_internals
 from dmt_compile.runtime.world import Pending, World
 from dmt_compile.topology import Topology
+
+BOTH_ADD = 2  # hosts that send each other their sums whole
 
 
 class Reduction(NamedTuple):
@@ -87,13 +89,14 @@ def add_up(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(torch.Tensor.add_, parts[1:], parts[0].to(wide, copy=True))
 
 
-def reduce_hierarchically(world: World, flat_P: torch.Tensor, reduction: Reduction) -> None:
-    """Replace ``flat_P`` by the sum over all members, divided; the stages follow upon each other.
+def reduce_hierarchically(world: World, flat_P: torch.Tensor, reduction: Reduction) -> Iterator[None]:
+    """Replace ``flat_P`` by the sum over all members, divided; yields between stages, which follow upon each other.
 
     Reduce-scatter in the host, all-reduce of the part among the ranks with the same local rank, all-gather in the host.
     Sums are made by hand from an all-to-all: in a fixed order, in float32, and where transports have no reduce-scatter
     or make one of an all-reduce. Between hosts an element may be rounded twice: before it is sent, and the sum; each
-    sum is made on one rank and sent to the others, so that replicas stay equal bit by bit.
+    sum is made on one rank and sent to the others, so that replicas stay equal bit by bit. Two hosts send each other
+    all they have, which is no more, and both make the sum: one wait less, and the sum is not rounded.
 
     Cost: with L local ranks and H hosts each rank sends 2 (L-1) / L of the bytes inside its host, and
     2 (H-1) / H of 1 / L of them to other hosts.
@@ -111,8 +114,12 @@ def reduce_hierarchically(world: World, flat_P: torch.Tensor, reduction: Reducti
 
     part = scattered(flat_P, "chain host", topology.local_ranks)
     part /= reduction.divisor(topology)
-    if reduction.hosts > 1:
+    yield
+    if reduction.hosts == BOTH_ADD:
+        part = add_up(gathered(part.to(wire), across, BOTH_ADD).chunk(BOTH_ADD))
+    elif reduction.hosts > 1:
         part = gathered(scattered(part.to(wire), across, reduction.hosts).to(wire), across, reduction.hosts)
+    yield
     flat_P.copy_(gathered(part.to(flat_P.dtype), "chain host", topology.local_ranks))
 
 
@@ -178,9 +185,8 @@ class Averaging:
         if flat_P.numel() == 0:
             return Pending(flat_P)
         if self.reduction.hierarchical:
-            return world.start_chain(
-                lambda: reduce_hierarchically(world, flat_P, self.reduction), flat_P, self.reduction.label
-            )
+            chain = reduce_hierarchically(world, flat_P, self.reduction)
+            return world.start_chain(chain, flat_P, self.reduction.label)
         group = "world" if self.reduction.tower < 0 else "intra"
         return world.start_all_reduce(flat_P, self.reduction.label, group=group)
 

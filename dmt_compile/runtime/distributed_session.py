@@ -76,7 +76,7 @@ class ModelState:
         return None if group is None else group * self.plan.tower_groups().local_ranks
 
     def ranks_ahead(self) -> RanksAhead:
-        """Return the ranks on the process groups that distribute ids ahead; the first time a collective call."""
+        """Return the ranks for collectives that distribute ids ahead."""
         if self.ahead is None:
             self.ahead = RanksAhead(self.world)
         return self.ahead

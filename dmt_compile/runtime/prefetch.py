@@ -1,7 +1,7 @@
 """Distributes the ids of the next batch while a step computes on this one.
 
-A thread of its own runs the program's front (``front.py``) on process groups of its own, so that its collectives and
-those of the step never meet. The step then runs the rest of its program, with what the front returned.
+A thread of its own runs the program's front (``front.py``); tags tell its messages from those of the step. The step
+then runs the rest of its program, with what the front returned.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from dmt_compile.errors import CollectiveError, ConfigError
+from dmt_compile.errors import ConfigError
 from dmt_compile.runtime.front import Coming, Front, cut_front, version_of
 from dmt_compile.runtime.program import Program, observing
 from dmt_compile.runtime.session import world_size
@@ -44,7 +44,7 @@ def prefetch(
     Raises:
         ConfigError: ``compiled`` is no compiled module.
 
-    Cost: one batch more in memory, and process groups of its own. The first two steps show which program runs.
+    Cost: one batch more in memory. The first two steps show which program runs.
     """
     model = getattr(compiled, "_orig_mod", None)
     if not isinstance(model, nn.Module):
@@ -66,19 +66,10 @@ def _ahead(loader: Iterable[Item], ahead: _Ahead, batch_of: Callable[[Item], Any
 
 
 class RanksAhead:
-    """The ranks of a model as a program's front sees them, and the thread that runs it.
-
-    Creates process groups: a collective call.
-    """
+    """The ranks of a model as a program's front sees them, and the thread that runs it."""
 
     def __init__(self, world: ProcessWorld) -> None:
-        try:
-            self.world = world.again("ahead")
-        except RuntimeError as error:
-            raise CollectiveError(
-                "prefetch: expected every rank to prefetch, found that one did not come; prefetch on all ranks or on "
-                f"none. The transport said: {str(error).splitlines()[0]}"
-            ) from error
+        self.world = world.ahead()
         self.thread = ThreadPoolExecutor(1, "dmt_prefetch")
 
 
@@ -106,10 +97,9 @@ class _Ahead:
         self._said: set[str] = set()
 
     def note(self, program: Program, args: tuple[Any, ...]) -> None:
-        """Remember a call of a program of this model; all ranks are here, so process groups can be made."""
+        """Remember a call of a program of this model."""
         mine = {id(parameter) for parameter in self.model.parameters()}  # a program may serve all models of a class
         if program.ahead is not None and any(id(value) in mine for value in args):
-            program.ahead.ranks()
             self._ran.append((program, args))
 
     def distribute(self, batch: Any) -> None:

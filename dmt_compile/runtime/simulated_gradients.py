@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from dmt_compile.runtime.averaging import Averaging, Reduction, add_up, flatten, unflatten
-from dmt_compile.runtime.world import Ledger
+from dmt_compile.runtime.averaging import BOTH_ADD, Averaging, Reduction, add_up, flatten, unflatten
+from dmt_compile.runtime.ledger import Ledger
 from dmt_compile.topology import Topology
 
 
@@ -66,7 +66,9 @@ def average(by_rank: Sequence[Sequence[torch.Tensor]], topology: Topology, reduc
         total, *others = [add_up(flats[first : first + local]) / divisor for first in range(0, len(flats), local)]
         if others:
             wire = reduction.wire(dtype)
-            total = add_up([part.to(wire) for part in (total, *others)]).to(wire)
+            total = add_up([part.to(wire) for part in (total, *others)])
+            if reduction.hosts != BOTH_ADD:
+                total = total.to(wire)
     else:
         total = add_up(flats) / divisor
     return unflatten(total.to(dtype), [gradient.shape for gradient in by_rank[0]])

@@ -21,11 +21,12 @@ from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.ir.stages import Stage
 from dmt_compile.plan import TableSpec, TowerPlan
 from dmt_compile.runtime import simulated_gradients
+from dmt_compile.runtime.ledger import Ledger
 from dmt_compile.runtime.program import fingerprint
 from dmt_compile.runtime.route import Route
 from dmt_compile.runtime.session import Passes, Session, attach_towers, guard_towers, next_dump, plan_for
 from dmt_compile.runtime.transfer import decode, encode, wire_sizes
-from dmt_compile.runtime.world import Execution, Ledger, executing
+from dmt_compile.runtime.world import Execution, executing
 from dmt_compile.topology import Topology
 
 

@@ -1,13 +1,14 @@
-"""The ranks that run a program together: process groups, collectives with a deadline, and a ledger of what was sent."""
+"""The ranks that run a program together: process groups, and collectives with a deadline."""
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -17,46 +18,10 @@ import torch.distributed as dist
 from dmt_compile import torch_internals
 from dmt_compile.errors import CollectiveError
 from dmt_compile.runtime.chains import Chains
+from dmt_compile.runtime.ledger import Ledger
+from dmt_compile.runtime.messages import Messages
 from dmt_compile.runtime.route import ID_HOPS
 from dmt_compile.topology import Topology
-
-
-@dataclass
-class Ledger:
-    """Bytes sent, by collective and link; each byte is counted once, at its sender.
-
-    ``records`` maps (collective, direction, link) to bytes: direction is ``forward`` or ``backward``, link ``intra``
-    (inside a host) or ``cross`` (between hosts).
-    """
-
-    records: dict[tuple[str, str, str], int] = field(default_factory=lambda: defaultdict(int))
-
-    def add(
-        self, collective: str, direction: str, topology: Topology, source: int, target: int, sent_bytes: int
-    ) -> None:
-        """Record one transfer; what a rank sends to itself crosses no link."""
-        if source != target and sent_bytes:
-            link = "intra" if topology.host_of(source) == topology.host_of(target) else "cross"
-            self.records[collective, direction, link] += sent_bytes
-
-    def add_all_reduce(
-        self, collective: str, topology: Topology, rank: int, tensor_bytes: int, members: Sequence[int]
-    ) -> None:
-        """Record what ``rank`` sends to its neighbour in a ring all-reduce over ``members``."""
-        sent = 2 * tensor_bytes * (len(members) - 1) // len(members)
-        neighbour = members[(list(members).index(rank) + 1) % len(members)]
-        self.add(collective, "backward", topology, rank, neighbour, sent)
-
-    def bytes_per_link(self) -> dict[str, int]:
-        """Bytes on all links inside hosts and on all links between hosts."""
-        totals = {"intra": 0, "cross": 0}
-        for (_, _, link), sent in self.records.items():
-            totals[link] += sent
-        return totals
-
-    def clear(self) -> None:
-        """Forget what was recorded."""
-        self.records.clear()
 
 
 @dataclass
@@ -86,8 +51,8 @@ class World(Protocol):
 
     Groups: ``world``, all ranks; ``intra``, those of this rank's tower group, and ``peer``, those with its place in
     every tower group; ``host``, those of its host, and ``across``, those with its local rank on every host. Chains run
-    beside all that, in groups that nothing else uses: ``chain host``, ``chain across``, and ``chain across tower``,
-    those with this rank's local rank on the hosts of its tower.
+    beside all that, in groups of their own: ``chain host``, ``chain across``, and ``chain across tower``, those with
+    this rank's local rank on the hosts of its tower.
     """
 
     topology: Topology
@@ -111,8 +76,11 @@ class World(Protocol):
     def start_gather(self, part: torch.Tensor, label: str, group: str) -> Pending:
         """Start to collect a 1-D gradient of which each rank of ``group`` has an equal part, in their order."""
 
-    def start_chain(self, chain: Callable[[], None], filled: torch.Tensor, label: str) -> Pending:
-        """Start collectives that follow upon each other and fill a tensor, beside what the caller goes on to do."""
+    def start_chain(self, chain: Iterator[None], filled: torch.Tensor, label: str) -> Pending:
+        """Start collectives that follow upon each other and fill a tensor, beside what the caller goes on to do.
+
+        ``chain`` yields between stages; several chains may be under way, each in another stage.
+        """
 
     def broadcast(self, tensor: torch.Tensor, label: str) -> None:
         """Overwrite a tensor with rank 0's."""
@@ -125,6 +93,15 @@ _PASSES = {
     **dict.fromkeys(("dense_gradients", "tower_gradients", "broadcast_buffers"), "sync_dense_gradients"),
 }
 
+# Messages that may be under way at one time between the same ranks, in no order that all ranks share, are told apart.
+_STEP, _AHEAD = 0, 1
+_CHAINS = {
+    (label, collective): 2 + tag
+    for tag, (label, collective) in enumerate(
+        (label, collective) for label in ("dense_gradients", "tower_gradients") for collective in ("exchange", "gather")
+    )
+}
+
 
 class ProcessWorld:
     """One rank of a ``torch.distributed`` run.
@@ -134,7 +111,6 @@ class ProcessWorld:
         grouped: tower groups x ranks in a group; equal to ``topology`` where a tower is one host.
         limit_s: seconds to wait for the other ranks in a collective; programs set it anew with each call.
         towers: names of the towers that this rank serves.
-        name: of this world among those of one run.
 
     Attributes:
         ledger: bytes that this rank sent.
@@ -145,16 +121,14 @@ class ProcessWorld:
     Creates process groups: a collective call, in the same order on every rank.
     """
 
-    def __init__(
-        self, topology: Topology, grouped: Topology, limit_s: float, towers: Sequence[str] = (), name: str = "step"
-    ) -> None:
+    def __init__(self, topology: Topology, grouped: Topology, limit_s: float, towers: Sequence[str] = ()) -> None:
         self.topology = topology
         self.grouped = grouped
-        self.name = name
+        self.name, self._tag = "step", _STEP
         self.rank = dist.get_rank()
         self.ledger = Ledger()
-        on_gpu = dist.get_backend() == "nccl"
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        self._on_gpu = dist.get_backend() == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if self._on_gpu else torch.device("cpu")
         self.limit_s = limit_s
         self._towers = towers
         self._store = torch_internals.default_store()
@@ -164,6 +138,7 @@ class ProcessWorld:
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._members: dict[str, tuple[int, ...]] = {}
         self._chains = Chains(self.device)
+        self._under_way: set[Messages] = set()  # a pass that breaks off waits for nothing, and the memory stays in use
         span = grouped.local_ranks // topology.local_ranks  # hosts of a tower group
         across = [topology.peer_ranks(local) for local in range(topology.local_ranks)]
         parts = [ranks[first : first + span] for ranks in across for first in range(0, topology.hosts, span)]
@@ -179,8 +154,10 @@ class ProcessWorld:
             "chain across": across,
             "chain across tower": parts if span > 1 else [],
         }
-        for groups in (own, of_chains):  # chains have an order of their own, so their groups are others
-            made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        for groups in (own, of_chains):
+            if self._on_gpu:  # a communicator has one order, and chains have theirs; messages are told apart by tags
+                made = {}
             for name, ranks in ((name, ranks) for name, members in groups.items() for ranks in members):
                 if groups is of_chains and len(ranks) == 1:
                     continue
@@ -191,10 +168,11 @@ class ProcessWorld:
                     assert group is not None
                     self._groups[name], self._members[name] = group, ranks
 
-    def again(self, name: str) -> ProcessWorld:
-        """Return the same ranks on process groups of their own, with the same ledger; a collective call."""
-        other = ProcessWorld(self.topology, self.grouped, self.limit_s, self._towers, name)
-        other.ledger = self.ledger
+    def ahead(self) -> ProcessWorld:
+        """Return the same ranks for collectives that run beside those of steps, with the same ledger; on CPUs."""
+        other = copy.copy(self)
+        other.name, other._tag, other.step, other.reported = "ahead", _AHEAD, 0, 0
+        other.waited_s = defaultdict(float)
         return other
 
     def start_all_to_all(
@@ -202,7 +180,11 @@ class ProcessWorld:
     ) -> Pending:
         received = sent.new_empty(sum(receive))
         with self._named(label, group):
-            work = dist.all_to_all_single(received, sent, receive, send, group=self._groups[group], async_op=True)
+            if self._on_gpu:
+                process_group = self._groups[group]
+                work = dist.all_to_all_single(received, sent, receive, send, group=process_group, async_op=True)
+            else:
+                work = self._messages(received.split(receive), sent.split(send), group, self._tag)
         for target, count in zip(self._members[group], send, strict=True):
             self.ledger.add(label, direction, self.topology, self.rank, target, count * sent.element_size())
         return Pending(received, lambda: self._finish(work, label, group, direction))
@@ -217,22 +199,37 @@ class ProcessWorld:
         return Pending(tensor, lambda: self._finish(work, label, group, "backward"))
 
     def start_exchange(self, sent: torch.Tensor, label: str, group: str) -> Pending:
-        received = torch.empty_like(sent)
+        received, members = torch.empty_like(sent), len(self._members[group])
         with self._named(label, group):
-            work = dist.all_to_all_single(received, sent, group=self._groups[group], async_op=True)
-        self._record(label, group, sent.nbytes // len(self._members[group]))
+            if self._on_gpu:
+                work = dist.all_to_all_single(received, sent, group=self._groups[group], async_op=True)
+            else:
+                tag = _CHAINS[label, "exchange"]
+                work = self._messages(received.chunk(members), sent.chunk(members), group, tag)
+        self._record(label, group, sent.nbytes // members)
         return Pending(received, lambda: self._finish(work, label, group))
 
     def start_gather(self, part: torch.Tensor, label: str, group: str) -> Pending:
-        gathered = part.new_empty(part.numel() * len(self._members[group]))
+        members = len(self._members[group])
+        gathered = part.new_empty(part.numel() * members)
         with self._named(label, group):
-            work = torch_internals.all_gather_single(gathered, part, self._groups[group])
+            if self._on_gpu:
+                work = torch_internals.all_gather_single(gathered, part, self._groups[group])
+            else:
+                work = self._messages(gathered.chunk(members), [part] * members, group, _CHAINS[label, "gather"])
         self._record(label, group, part.nbytes)
         return Pending(gathered, lambda: self._finish(work, label, group))
 
-    def start_chain(self, chain: Callable[[], None], filled: torch.Tensor, label: str) -> Pending:
+    def start_chain(self, chain: Iterator[None], filled: torch.Tensor, label: str) -> Pending:
         finish = self._chains.start(chain, filled)
         return Pending(filled, lambda: self._timed(finish, label, "backward"))
+
+    def _messages(
+        self, received: Sequence[torch.Tensor], sent: Sequence[torch.Tensor], group: str, tag: int
+    ) -> Messages:
+        messages = Messages(received, sent, self._groups[group], self._members[group], self.rank, tag)
+        self._under_way.add(messages)
+        return messages
 
     def _record(self, label: str, group: str, sent_bytes: int) -> None:
         """Record what goes to each other rank of a group in the backward pass."""
@@ -257,10 +254,11 @@ class ProcessWorld:
     def _finish(self, work: Any, label: str, group: str, direction: str | None = None) -> None:
         """Wait for a collective; ``direction``: of the pass that waits, where one does."""
         with self._named(label, group):
-            if dist.get_backend(self._groups[group]) == "nccl":
+            if self._on_gpu:
                 work.wait()  # ordered on the stream; NCCL's own watchdog holds the deadline
             else:
                 self._timed(lambda: work.wait(timedelta(seconds=self.limit_s)), label, direction)
+                self._under_way.discard(work)
 
     def _timed(self, wait: Callable[[], Any], label: str, direction: str | None) -> None:
         start = time.perf_counter()
@@ -279,10 +277,11 @@ class ProcessWorld:
             who = f"ranks {missing} did not arrive" if missing else f"ranks {self._members[group]} broke off"
             of_pass = f"{_PASSES[label]}: " if label in _PASSES else ""
             towers = f" of {', '.join(self._towers)}" if group == "intra" and self._towers else ""
+            hint = "" if self._tag == _STEP else "; prefetch on all ranks or on none"
             raise CollectiveError(
                 f"{of_pass}{label}{towers}: expected all of ranks {list(self._members[group])} within the time limit, "
                 f"found that {who} after {waited:.1f} s (rank {self.rank}); call the model on every rank, in training "
-                f"and evaluation, also with an empty batch. The transport said: {str(error).splitlines()[0]}"
+                f"and evaluation, also with an empty batch{hint}. The transport said: {str(error).splitlines()[0]}"
             ) from error
 
     def _missing(self, label: str) -> list[int]:

@@ -23,9 +23,10 @@ from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.kernels.batched_lookup.reference import Pooling
 from dmt_compile.runtime import checks
 from dmt_compile.runtime.averaging import Averaging
+from dmt_compile.runtime.ledger import Ledger
 from dmt_compile.runtime.route import AT_ONCE, HEADER_FIELDS, IdExchange, Layout, Route, make_layout
 from dmt_compile.runtime.simulated_world import SimulatedWorld, _AllToAll, _LockstepProgram, _SimulatedRank, _Transfer
-from dmt_compile.runtime.world import Execution, Ledger, executing
+from dmt_compile.runtime.world import Execution, executing
 from dmt_compile.topology import Topology
 from tests._tolerances import assert_reordered
 from tests.models import DLRM, Batch, make_batch

@@ -1,0 +1,60 @@
+"""An all-to-all on a CPU, as messages from rank to rank.
+
+A gloo rank begins to send once the receiver has said, on the same connection, that it is ready. ``all_to_all_single``
+sends before it says so: of two ranks of which one is late, the late one sends at once, and its "ready" waits behind all
+that it sends. Then each direction of the link has its turn, and the exchange takes twice its time. Here a rank says
+that it is ready before it sends anything, and both directions are in use from the start
+(``tests/distributed/test_messages.py``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class Messages:
+    """Messages under way between this rank and others: memory that they fill or read, and what is waited for.
+
+    Args:
+        received: what each member of the group sends is written here; its parts have the sizes of what they send.
+        sent: to each member.
+        group: a process group of gloo.
+        members: its ranks, in their order.
+        rank: this one; what it sends to itself is copied.
+        tag: messages of one tag arrive in the order in which they are sent.
+    """
+
+    def __init__(
+        self,
+        received: Sequence[torch.Tensor],
+        sent: Sequence[torch.Tensor],
+        group: dist.ProcessGroup,
+        members: Sequence[int],
+        rank: int,
+        tag: int,
+    ) -> None:
+        self._memory = received, sent
+        others = [place for place, member in enumerate(members) if member != rank]
+        into = [(members[place], received[place]) for place in others if received[place].numel()]
+        out_of = [(members[place], sent[place]) for place in others if sent[place].numel()]
+        self._works = [dist.irecv(part, source, group=group, tag=tag) for source, part in into]
+        self._works += [dist.isend(part, target, group=group, tag=tag) for target, part in out_of]
+        if rank in members:
+            mine = list(members).index(rank)
+            received[mine].copy_(sent[mine])
+
+    def wait(self, timeout: timedelta) -> None:
+        """Wait until all is received and the memory of what was sent is free.
+
+        Raises:
+            RuntimeError: of the transport, where another rank does not come within ``timeout`` or broke off.
+        """
+        deadline = time.monotonic() + timeout.total_seconds()
+        for work in self._works:
+            left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))  # 0 would mean no limit
+            work.wait(left)  # type: ignore[union-attr]
