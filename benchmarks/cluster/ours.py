@@ -8,6 +8,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from models import DLRM
 from torch import Tensor
 
@@ -42,6 +43,7 @@ def build(
         prefetch: send the next batch's ids while a step computes.
     """
     every = {"topology": topology(), "dense_compiler": dense_compiler} | (options or {})
+    every["topology"] = every["topology"].format(ranks=dist.get_world_size())
     compiled = torch.compile(flat, backend="dmt", options=every)
     dmt_compile.warmup(compiled, batches[0].inputs())
     optimizer = torch.optim.SGD(flat.parameters(), lr=workload.lr)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dmt_compile import torch_internals
 from dmt_compile.capture import Capture
 from dmt_compile.config import Options
 from dmt_compile.errors import DmtError, UnsupportedGraphError
@@ -34,7 +35,6 @@ from dmt_compile.runtime.session import (
     Passes,
     Session,
     attach_towers,
-    guard_towers,
     next_dump,
     note_without_tables,
     plan_for,
@@ -194,9 +194,10 @@ class DistributedSession(Session):
         """Lower the graph for this rank."""
         ctx, report = run(Stage.LOWERED)
         note_without_tables(ctx)
-        guard_towers(ctx)
         if not capture.parameters:
             return Program(capture.gm, report, None)
+        if ctx.root is not None:  # ranks, ledger, buffers and replicas of a program are one model's
+            torch_internals.guard_identity(ctx.root)
         state = self._state(capture)
         if state.newly_sharded:
             # The analysis that ended in sharding is cyclic garbage; its weak references would forbid `.to()`.

@@ -98,9 +98,13 @@ class _Ahead:
 
     def note(self, program: Program, args: tuple[Any, ...]) -> None:
         """Remember a call of a program of this model."""
-        mine = {id(parameter) for parameter in self.model.parameters()}  # a program may serve all models of a class
-        if program.ahead is not None and any(id(value) in mine for value in args):
+        if program.ahead is not None and self._of_this_model(args):
             self._ran.append((program, args))
+
+    def _of_this_model(self, args: tuple[Any, ...]) -> bool:
+        """Tell whether a program was given parameters of this model: others run too."""
+        given = set(map(id, args))
+        return any(id(parameter) in given for parameter in self.model.parameters())  # as a rule the first one
 
     def distribute(self, batch: Any) -> None:
         """Send off a batch's ids, in the way of the program that ran last."""

@@ -224,6 +224,19 @@ def evaluate_and_train(rank: int) -> int:
 # ------------------------------------------------------------------------------------------------ bad input
 
 
+def two_of_a_class(rank: int) -> list[int]:
+    """Call two models of one class in turn; return how many calls of each its report knows."""
+    torch.manual_seed(0)
+    models = [DLRM(), DLRM()]
+    batch = make_batch(models[0], 2, torch.Generator().manual_seed(rank))
+    step_models = [compiled(model) for model in models]
+    for step_model in (*step_models, step_models[1]):
+        step_model(*batch).sum().backward()
+    reports = [dmt_compile.communication_report(model) for model in models]
+    assert all(report.bytes_sent and report.exposed_s for report in reports)
+    return [report.calls for report in reports]
+
+
 def compressed(rank: int, topology: str, comm_dtype: dict[str, Any]) -> dict[str, Any]:
     """Run one step of real ranks, and on rank 0 the same step of simulated ranks; return both."""
     world = dist.get_world_size()

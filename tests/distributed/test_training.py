@@ -229,6 +229,10 @@ def test_a_sharded_model_in_the_hands_of_users() -> None:
         assert said["double"] == "ok torch.float64"
 
 
+def test_models_of_one_class_have_programs_of_their_own() -> None:
+    assert values(run_ranks(scenarios.two_of_a_class, 2)) == [[1, 2]] * 2
+
+
 @pytest.mark.parametrize(
     ("topology", "comm_dtype"),
     [("2x2", {"peer": ("float8", "bfloat16")}), ("4x1", {"peer": "int8"}), ("2x2", {"intra": "float16"})],
