@@ -93,10 +93,15 @@ def pack_ids(
     read = trim(ids, offsets, how)
     counts = tuple(tuple(len(read[i]) for i in features) for features in layout.features_by_rank)
     _announce(header, layout, execution.world.rank, bags, counts)
+    jagged = [feature for feature, is_jagged in enumerate(layout.jagged) if is_jagged]
+    bounds = dict(zip(jagged, bag_bounds(read, offsets, how, jagged), strict=True))
+    lengths = {
+        key: _convert(shared.diff(), dtype, check_ids) for key, shared in {id(b): b for b in bounds.values()}.items()
+    }
     pieces: list[torch.Tensor] = []
     for features in layout.features_by_rank:
-        lengths = [bag_bounds(read[i], offsets[i], how[i]).diff() for i in features if layout.jagged[i]]
-        pieces += [_convert(piece, dtype, check_ids) for piece in (*lengths, *(read[i] for i in features))]
+        pieces += [lengths[id(bounds[feature])] for feature in features if feature in bounds]
+        pieces += [_convert(read[feature], dtype, check_ids) for feature in features]
     return torch.cat(pieces), header
 
 

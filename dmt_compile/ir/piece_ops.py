@@ -91,7 +91,7 @@ def divide_by_lengths(total_BD: torch.Tensor, ids: torch.Tensor, offsets: torch.
         offsets: (B,), or (B + 1,) where ``how`` says so.
         how: a bag's ids that are ``padding_idx`` do not count, unless it says that they do.
     """
-    bounds = bag_bounds(ids, offsets, how)
+    [bounds] = bag_bounds([ids], [offsets], [how], [0])
     lengths_B = bounds.diff()
     if how.padding_idx is not None and not how.padding_counts:
         read = trim([ids], [offsets], [how])[0]

@@ -88,9 +88,9 @@ def find_fault(
     if sizes[0] == 0:
         read = trim(ids, offsets, how)
         return next((Fault(OFFSETS, index, 0, len(read[index])) for index in jagged if len(read[index])), None)
-    bags = [bag_bounds(ids[index], offsets[index], how[index]) for index in jagged]
+    bags = bag_bounds(ids, offsets, how, jagged)
     filled = [index for index, feature_ids in enumerate(ids) if len(feature_ids)]
-    words = [torch.stack(torch.aminmax(ids[index])).long() for index in filled]
+    words = _lowest_and_highest([ids[index] for index in filled])
     if bags:
         bounds = torch.stack(bags)
         ends_F = torch.tensor([len(ids[index]) for index in jagged], device=bounds.device)
@@ -106,6 +106,13 @@ def find_fault(
             where = int(outside_N.nonzero()[0])
             return Fault(ID_RANGE, index, where, int(ids[index][where]))
     return None
+
+
+def _lowest_and_highest(ids: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the lowest and the highest id of each feature, int64, side by side in one or more tensors."""
+    if len({(feature_ids.shape, feature_ids.dtype) for feature_ids in ids}) == 1:  # at once
+        return [torch.stack(torch.aminmax(torch.stack(list(ids)), dim=1), dim=1).long().reshape(-1)]
+    return [torch.stack(torch.aminmax(feature_ids)).long() for feature_ids in ids]
 
 
 def _offsets_fault(jagged: Sequence[int], bags: Sequence[torch.Tensor], numbers_of_ids: Sequence[int]) -> Fault:
@@ -126,11 +133,23 @@ def number_of_bags(ids: torch.Tensor, offsets: torch.Tensor | None, how: Pooling
     return len(ids) if offsets is None else len(offsets) - how.last_offset
 
 
-def bag_bounds(ids: torch.Tensor, offsets: torch.Tensor | None, how: Pooling) -> torch.Tensor:
-    """Return where the bags of one jagged feature start, and where the last one ends: (B + 1,) int64."""
-    assert offsets is not None
-    starts = offsets.long()
-    return starts if how.last_offset else torch.nn.functional.pad(starts, (0, 1), value=len(ids))
+def bag_bounds(
+    ids: Sequence[torch.Tensor], offsets: Sequence[torch.Tensor | None], how: Sequence[Pooling], jagged: Sequence[int]
+) -> list[torch.Tensor]:
+    """Return where the bags of each jagged feature start, and where its last one ends: (B + 1,) int64 each.
+
+    Features that share their offsets, and have as many ids, share the result.
+    """
+    made: dict[tuple[int, int, bool], torch.Tensor] = {}
+    out = []
+    for index in jagged:
+        starts, number, last = offsets[index], len(ids[index]), how[index].last_offset
+        assert starts is not None
+        key = id(starts), number, last
+        if key not in made:
+            made[key] = starts.long() if last else torch.nn.functional.pad(starts.long(), (0, 1), value=number)
+        out.append(made[key])
+    return out
 
 
 def trim(

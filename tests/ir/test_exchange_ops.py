@@ -445,6 +445,16 @@ def to_owners(of_ranks: list[Route], tensors: Sequence[torch.Tensor], what: str)
     return move(f"{what}_host", "host", regrouped)
 
 
+def test_bounds_are_shared_by_features_that_share_offsets_and_have_as_many_ids() -> None:
+    offsets, other = torch.tensor([0, 2]), torch.tensor([0, 1])
+    ids = [torch.zeros(3), torch.zeros(3), torch.zeros(4), torch.zeros(3)]
+    plain, last = Pooling(), Pooling(last_offset=True)
+    how = [plain, plain, plain, last]
+    bounds = checks.bag_bounds(ids, [offsets, offsets, offsets, other], how, range(4))
+    assert [b.tolist() for b in bounds] == [[0, 2, 3], [0, 2, 3], [0, 2, 4], [0, 1]]
+    assert bounds[0] is bounds[1]
+
+
 @pytest.mark.parametrize("sizes", [(3, 0, 2, 4), (0, 0, 0, 0), (1, 1, 1, 1)])
 @pytest.mark.parametrize("exchange", [AT_ONCE, IdExchange("int32"), IdExchange("int64", 2), IdExchange("int32", 2)])
 def test_owners_get_the_ids_and_offsets_of_the_global_batch(sizes: tuple[int, ...], exchange: IdExchange) -> None:
@@ -469,10 +479,7 @@ def test_owners_get_the_ids_and_offsets_of_the_global_batch(sizes: tuple[int, ..
             assert torch.equal(ids, torch.cat(read).to(dtype))
             assert (offsets is None) == (not JAGGED[feature])
             if offsets is not None:
-                bounds = [
-                    checks.bag_bounds(part, batch.offsets[feature], HOW[feature])
-                    for part, batch in zip(read, batches, strict=True)
-                ]
+                bounds = checks.bag_bounds(read, [b.offsets[feature] for b in batches], [HOW[feature]] * 4, range(4))
                 lengths = torch.cat([part.diff() for part in bounds])
                 assert torch.equal(offsets, (lengths.cumsum(0) - lengths).to(dtype))
                 assert len(offsets) == sum(sizes)
