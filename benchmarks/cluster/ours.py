@@ -8,7 +8,6 @@ from itertools import cycle
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from models import DLRM
 from torch import Tensor
 
@@ -18,10 +17,11 @@ from cluster.workload import Batch, Workload, loss_of
 from dmt_compile.runtime.distributed_session import state_of
 
 
-def topology() -> str:
-    """Return the emulated cluster's topology."""
-    local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
-    return f"{int(os.environ['WORLD_SIZE']) // local_ranks}x{local_ranks}"
+def topology(one_host: bool) -> str:
+    """Return the emulated cluster's topology, or what it is to a program that takes all links for the same."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    local_ranks = ranks if one_host else int(os.environ["LOCAL_WORLD_SIZE"])
+    return f"{ranks // local_ranks}x{local_ranks}"
 
 
 def build(
@@ -31,6 +31,7 @@ def build(
     options: dict[str, Any] | None = None,
     dense_compiler: str = "inductor",
     prefetch: bool = False,
+    one_host: bool = False,
 ) -> Step:
     """Return the training step.
 
@@ -41,9 +42,9 @@ def build(
         options: of the backend, beside topology and dense compiler.
         dense_compiler: what compiles the dense parts.
         prefetch: send the next batch's ids while a step computes.
+        one_host: compile for one host of all ranks, as for links that are all as fast.
     """
-    every = {"topology": topology(), "dense_compiler": dense_compiler} | (options or {})
-    every["topology"] = every["topology"].format(ranks=dist.get_world_size())
+    every = {"topology": topology(one_host), "dense_compiler": dense_compiler} | (options or {})
     compiled = torch.compile(flat, backend="dmt", options=every)
     dmt_compile.warmup(compiled, batches[0].inputs())
     optimizer = torch.optim.SGD(flat.parameters(), lr=workload.lr)

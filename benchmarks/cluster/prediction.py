@@ -48,6 +48,8 @@ def predict(program: Program, workload: Workload, layout: str) -> dict[str, floa
         ``None`` for a program that it does not know.
     """
     topology = Topology.parse(layout)
+    if program.options.get("one_host"):
+        return None
     if program.module == "ours":
         options: dict[str, Any] = program.options.get("options", {})
         try:

@@ -85,7 +85,7 @@ PROGRAMS = {
     for program in (
         Program("flat", "flat", same_as=None),
         *_torchrec(),
-        Program("one-host", "ours", {"options": {"topology": "1x{ranks}"}}),
+        Program("one-host", "ours", {"one_host": True}),
         Program("sptt", "ours"),
         Program("sptt-prefetch", "ours", {"prefetch": True}),
         Program("sptt-bf16", "ours", {"options": {"comm_dtype": HALF_WIRE}}, precision="bfloat16"),

@@ -448,7 +448,7 @@ def to_owners(of_ranks: list[Route], tensors: Sequence[torch.Tensor], what: str)
 def test_bounds_are_shared_by_features_that_share_offsets_and_have_as_many_ids() -> None:
     offsets, other = torch.tensor([0, 2]), torch.tensor([0, 1])
     ids = [torch.zeros(3), torch.zeros(3), torch.zeros(4), torch.zeros(3)]
-    plain, last = Pooling(), Pooling(last_offset=True)
+    plain, last = Pooling("sum", False), Pooling("sum", False, last_offset=True)
     how = [plain, plain, plain, last]
     bounds = checks.bag_bounds(ids, [offsets, offsets, offsets, other], how, range(4))
     assert [b.tolist() for b in bounds] == [[0, 2, 3], [0, 2, 3], [0, 2, 4], [0, 1]]
