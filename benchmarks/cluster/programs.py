@@ -91,6 +91,7 @@ PROGRAMS = {
         Program("sptt-bf16", "ours", {"options": {"comm_dtype": HALF_WIRE}}, precision="bfloat16"),
         Program("towers-32", "ours", {"options": _towers(32)}, same_as=None),
         Program("towers-16", "ours", {"options": _towers(16)}, same_as=None),
+        Program("towers-16-prefetch", "ours", {"options": _towers(16), "prefetch": True}, same_as="towers-16"),
         Program(
             "towers-16-bf16", "ours", {"options": _towers(16) | {"comm_dtype": HALF_WIRE}},
             same_as="towers-16", precision="bfloat16",
@@ -104,8 +105,8 @@ PROGRAMS = {
 }  # fmt: skip
 DEFAULT_PROGRAMS = (
     *(name for name in PROGRAMS if name.startswith("torchrec-tw-") or name == "torchrec-tw"),
-    "torchrec-twrw", "torchrec-planner", "flat", "sptt", "sptt-prefetch", "towers-32", "towers-16", "towers-16-bf16",
-    "towers-16-bf16-prefetch",
+    "torchrec-twrw", "torchrec-planner", "flat", "sptt", "sptt-prefetch", "towers-32", "towers-16",
+    "towers-16-prefetch", "towers-16-bf16", "towers-16-bf16-prefetch",
 )  # fmt: skip
 
 

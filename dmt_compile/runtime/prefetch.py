@@ -6,11 +6,13 @@ then runs the rest of its program, with what the front returned.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
@@ -88,11 +90,17 @@ class Ahead:
     checksum: Callable[[], int]
 
 
+@functools.cache
+def _compiled(source: str) -> CodeType:
+    return compile(source, "<graph input>", "eval")
+
+
 class _Ahead:
     """Sends off the batches of one loader."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._signature = inspect.signature(model.forward)
         self._ran: list[tuple[Program, tuple[Any, ...]]] = []  # since the last batch
         self._said: set[str] = set()
 
@@ -141,24 +149,30 @@ class _Ahead:
     def _values(self, program: Program, ahead: Ahead, front: Front, last: tuple[Any, ...], batch: Any) -> list[Any]:
         """Return the inputs of the front: those of the batch, and what the last call was given of others."""
         positional = batch if isinstance(batch, tuple) else (batch,)
-        bound = inspect.signature(self.model.forward).bind(*positional)
+        bound = self._signature.bind(*positional)
         bound.apply_defaults()
         found = []
         for position, name in zip(front.positions, front.names, strict=True):
             source = ahead.sources.get(name)
-            found.append(last[position] if source is None else eval(source, {}, {"L": dict(bound.arguments)}))
+            found.append(last[position] if source is None else eval(_compiled(source), {}, {"L": bound.arguments}))
         return found
 
     def _start(self, program: Program, ahead: Ahead, front: Front, values: list[Any]) -> Future[tuple[Any, ...]]:
+        """Have the front run once this rank waits for others anyway: until then the step needs the processor."""
         checksum = ahead.checksum()  # here, between two steps: all ranks' replicas have seen as many
         ranks = ahead.ranks()
         ranks.world.limit_s = program.next_limit_s()
         execution = Execution(ranks.world, program.fingerprint, lambda: checksum)
+        result: Future[tuple[Any, ...]] = Future()
 
-        def run() -> tuple[Any, ...]:
+        def run() -> None:
             ranks.world.step += 1
-            with torch.no_grad(), executing(execution):
-                result: tuple[Any, ...] = front.first(*values)
-                return result
+            try:
+                with torch.no_grad(), executing(execution):
+                    result.set_result(front.first(*values))
+            except BaseException as error:  # raised where the batch is used
+                result.set_exception(error)
 
-        return ranks.thread.submit(run)
+        assert program.world is not None
+        program.world.later(lambda: ranks.thread.submit(run))
+        return result

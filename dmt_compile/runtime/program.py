@@ -74,7 +74,9 @@ class Program:
             if self._without_header:
                 id_ops.exchange_headers(id_ops.plain_header(), (), ())
             run, given = self._rest(args)
-            return run(*given)
+            out = run(*given)
+        self.world.run_later()
+        return out
 
     def next_limit_s(self) -> float:
         """Return how long the next call waits for the other ranks."""
@@ -86,6 +88,7 @@ class Program:
         for coming in self.coming:
             if coming.fits(args):
                 self.coming.remove(coming)
+                self.world.run_later()  # where the step before it did not come to it
                 start = time.perf_counter()
                 given = coming.result.result()
                 self.world.waited_s["ids", "forward"] += time.perf_counter() - start

@@ -141,7 +141,7 @@ class ShardedTable(torch.Tensor):
         name = func._schema.name
         if name.startswith("aten::_foreach_") and not name.startswith(("aten::_foreach_norm", "aten::_foreach_max")):
             return _foreach(func, args, kwargs)
-        table = next(t for t in _tensors(args, kwargs) if isinstance(t, ShardedTable))
+        table = args[0] if args and isinstance(args[0], ShardedTable) else _first_table(args, kwargs)
         if func in _ELEMENTWISE or torch.Tag.pointwise in func.tags:
             return _elementwise(func, table, args, kwargs)
         if func is aten.sparse_mask.default:
@@ -183,8 +183,8 @@ def _is_parameter(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter)
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+def _first_table(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardedTable:
+    return next(leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, ShardedTable))
 
 
 def _flat_fake(value: Any) -> Any:
@@ -223,10 +223,8 @@ def _elementwise(func: Any, table: ShardedTable, args: tuple[Any, ...], kwargs: 
     in_place = func._schema.name.endswith("_") or "out" in kwargs
     if in_place and not isinstance(target, ShardedTable):
         raise UnsupportedGraphError(_refusal(func, table))
-    out = func(
-        *tree_map(lambda value: _localise(value, table), args),
-        **tree_map(lambda value: _localise(value, table), kwargs),
-    )
+    # No element-wise operator takes tensors in lists, so nothing has to be looked through: optimizers come here often.
+    out = func(*(_localise(a, table) for a in args), **{name: _localise(v, table) for name, v in kwargs.items()})
     if in_place:
         return target
     return ShardedTable(out, table.shape, table._block)

@@ -138,6 +138,7 @@ class ProcessWorld:
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._members: dict[str, tuple[int, ...]] = {}
         self._chains = Chains(self.device)
+        self._later: list[Callable[[], Any]] = []
         self._under_way: set[Messages] = set()  # a pass that breaks off waits for nothing, and the memory stays in use
         span = grouped.local_ranks // topology.local_ranks  # hosts of a tower group
         across = [topology.peer_ranks(local) for local in range(topology.local_ranks)]
@@ -172,8 +173,18 @@ class ProcessWorld:
         """Return the same ranks for collectives that run beside those of steps, with the same ledger; on CPUs."""
         other = copy.copy(self)
         other.name, other._tag, other.step, other.reported = "ahead", _AHEAD, 0, 0
-        other.waited_s = defaultdict(float)
+        other.waited_s, other._later = defaultdict(float), []
         return other
+
+    def later(self, task: Callable[[], Any]) -> None:
+        """Call ``task`` when this thread next waits for its peers, which are on slow links, or calls ``run_later``."""
+        self._later.append(task)
+
+    def run_later(self) -> None:
+        """Call the tasks that wait for it."""
+        tasks, self._later = self._later, []
+        for task in tasks:
+            task()
 
     def start_all_to_all(
         self, sent: torch.Tensor, send: list[int], receive: list[int], group: str, label: str, direction: str
@@ -253,6 +264,8 @@ class ProcessWorld:
 
     def _finish(self, work: Any, label: str, group: str, direction: str | None = None) -> None:
         """Wait for a collective; ``direction``: of the pass that waits, where one does."""
+        if group == "peer" and direction == "forward":
+            self.run_later()
         with self._named(label, group):
             if self._on_gpu:
                 work.wait()  # ordered on the stream; NCCL's own watchdog holds the deadline
