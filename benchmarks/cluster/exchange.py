@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster.rank import serve
+from cluster.rank import run
 from dmt_compile.runtime.messages import Messages
 from dmt_compile.topology import Topology
 
@@ -58,24 +56,7 @@ class Rank:
                 assert bool((part == member).all()), "an exchange brought something else"
         return {"spans": spans}
 
-    def stop(self) -> dict[str, Any]:
-        """Leave the process group."""
-        dist.barrier()
-        dist.destroy_process_group()
-        return {}
-
-
-def main() -> None:
-    """Serve, and leave without the interpreter's own end."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    torch.set_num_threads(1)
-    rank = Rank()
-    try:
-        serve(sys.stdin, answers, {name: getattr(rank, name) for name in ("start", "exchange", "stop")})
-    finally:
-        os._exit(0)  # gloo's threads may abort at the interpreter's own exit
-
 
 if __name__ == "__main__":
-    main()
+    rank = Rank()
+    run({"start": rank.start, "exchange": rank.exchange})

@@ -121,11 +121,12 @@ class Rank:
             answer["ledger_bytes"] = ledger
         return answer
 
-    def stop(self) -> Answer:
-        """Leave the process group."""
-        dist.barrier()
-        dist.destroy_process_group()
-        return {}
+
+def leave() -> Answer:
+    """Leave the process group."""
+    dist.barrier()
+    dist.destroy_process_group()
+    return {}
 
 
 def serve(requests: Any, answers: Any, handlers: dict[str, Callable[..., Answer]]) -> None:
@@ -141,15 +142,13 @@ def serve(requests: Any, answers: Any, handlers: dict[str, Callable[..., Answer]
         answers.flush()
 
 
-def main() -> None:
-    """Serve, and leave without the interpreter's own end."""
+def run(handlers: dict[str, Callable[..., Answer]]) -> None:
+    """Serve on this process's standard streams, and end without the interpreter's own end."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     torch.set_num_threads(1)
-    rank = Rank()
-    names = ("start", "build", "observe", "compare", "measure", "stop")
     try:
-        serve(sys.stdin, answers, {name: getattr(rank, name) for name in names})
+        serve(sys.stdin, answers, {**handlers, "stop": leave})
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -157,4 +156,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    rank = Rank()
+    run({name: getattr(rank, name) for name in ("start", "build", "observe", "compare", "measure")})

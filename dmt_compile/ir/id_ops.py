@@ -95,12 +95,10 @@ def pack_ids(
     _announce(header, layout, execution.world.rank, bags, counts)
     jagged = [feature for feature, is_jagged in enumerate(layout.jagged) if is_jagged]
     bounds = dict(zip(jagged, bag_bounds(read, offsets, how, jagged), strict=True))
-    lengths = {
-        key: _convert(shared.diff(), dtype, check_ids) for key, shared in {id(b): b for b in bounds.values()}.items()
-    }
+    lengths = {shared: _convert(shared.diff(), dtype, check_ids) for shared in set(bounds.values())}
     pieces: list[torch.Tensor] = []
     for features in layout.features_by_rank:
-        pieces += [lengths[id(bounds[feature])] for feature in features if feature in bounds]
+        pieces += [lengths[bounds[feature]] for feature in features if feature in bounds]
         pieces += [_convert(read[feature], dtype, check_ids) for feature in features]
     return torch.cat(pieces), header
 

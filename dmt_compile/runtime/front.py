@@ -7,6 +7,7 @@ the sizes only; the rest computes them again, with their gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -103,17 +104,18 @@ def _cut(gm: fx.GraphModule, inputs: list[fx.Node], inside: set[fx.Node], comput
 
 @dataclass
 class Coming:
-    """A batch whose ids were sent off before its step.
+    """A batch whose ids go before its step.
 
     Args:
-        front: that sent them.
-        given: what it was given, with the version of each tensor at that time.
-        result: what it returned, or the error that it ended in.
+        front: that sends them.
+        given: what it is given, with the version of each tensor when the batch came.
+        begin: has the front run, the first time that it is called; returns what the front returns, or the error that it
+            ends in.
     """
 
     front: Front
     given: list[tuple[Any, int]]
-    result: Future[tuple[Any, ...]]
+    begin: Callable[[], Future[tuple[Any, ...]]]
 
     def fits(self, args: tuple[Any, ...]) -> bool:
         """Tell whether a call of the program is for this very batch, unchanged."""

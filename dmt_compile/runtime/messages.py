@@ -25,7 +25,7 @@ class Messages:
         sent: to each member.
         group: a process group of gloo.
         members: its ranks, in their order.
-        rank: this one; what it sends to itself is copied.
+        rank: this one, a member; what it sends to itself is copied.
         tag: messages of one tag arrive in the order in which they are sent.
     """
 
@@ -44,9 +44,8 @@ class Messages:
         out_of = [(members[place], sent[place]) for place in others if sent[place].numel()]
         self._works = [dist.irecv(part, source, group=group, tag=tag) for source, part in into]
         self._works += [dist.isend(part, target, group=group, tag=tag) for target, part in out_of]
-        if rank in members:
-            mine = list(members).index(rank)
-            received[mine].copy_(sent[mine])
+        mine = members.index(rank)
+        received[mine].copy_(sent[mine])
 
     def wait(self, timeout: timedelta) -> None:
         """Wait until all is received and the memory of what was sent is free.

@@ -141,9 +141,9 @@ class _Ahead:
         except Exception as error:  # an expression of Dynamo's that forward's arguments do not answer
             return f"the batch does not hold an input of the graph ({error!r})"
         given = [(value, version_of(value)) for value in values]
-        program.coming = [*program.coming, Coming(front, given, self._start(program, ahead, front, values))][
-            -IN_FLIGHT:
-        ]
+        coming = Coming(front, given, self._beginning(program, ahead, front, values))
+        program.coming = [*program.coming, coming][-IN_FLIGHT:]
+        world.later(coming.begin)  # until this rank waits for others anyway, the step needs the processor
         return None
 
     def _values(self, program: Program, ahead: Ahead, front: Front, last: tuple[Any, ...], batch: Any) -> list[Any]:
@@ -157,22 +157,19 @@ class _Ahead:
             found.append(last[position] if source is None else eval(_compiled(source), {}, {"L": bound.arguments}))
         return found
 
-    def _start(self, program: Program, ahead: Ahead, front: Front, values: list[Any]) -> Future[tuple[Any, ...]]:
-        """Have the front run once this rank waits for others anyway: until then the step needs the processor."""
+    def _beginning(
+        self, program: Program, ahead: Ahead, front: Front, values: list[Any]
+    ) -> Callable[[], Future[tuple[Any, ...]]]:
+        """Return what has the front run, once."""
         checksum = ahead.checksum()  # here, between two steps: all ranks' replicas have seen as many
         ranks = ahead.ranks()
         ranks.world.limit_s = program.next_limit_s()
         execution = Execution(ranks.world, program.fingerprint, lambda: checksum)
-        result: Future[tuple[Any, ...]] = Future()
 
-        def run() -> None:
+        def run() -> tuple[Any, ...]:
             ranks.world.step += 1
-            try:
-                with torch.no_grad(), executing(execution):
-                    result.set_result(front.first(*values))
-            except BaseException as error:  # raised where the batch is used
-                result.set_exception(error)
+            with torch.no_grad(), executing(execution):
+                result: tuple[Any, ...] = front.first(*values)
+                return result
 
-        assert program.world is not None
-        program.world.later(lambda: ranks.thread.submit(run))
-        return result
+        return functools.cache(lambda: ranks.thread.submit(run))

@@ -88,9 +88,8 @@ class Program:
         for coming in self.coming:
             if coming.fits(args):
                 self.coming.remove(coming)
-                self.world.run_later()  # where the step before it did not come to it
                 start = time.perf_counter()
-                given = coming.result.result()
+                given = coming.begin().result()
                 self.world.waited_s["ids", "forward"] += time.perf_counter() - start
                 self._agreed()
                 return coming.front.rest, (*args, *given)

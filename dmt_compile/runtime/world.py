@@ -177,7 +177,7 @@ class ProcessWorld:
         return other
 
     def later(self, task: Callable[[], Any]) -> None:
-        """Call ``task`` when this thread next waits for its peers, which are on slow links, or calls ``run_later``."""
+        """Call ``task`` when a forward pass next waits for its peers, which are on slow links, or ``run_later`` is."""
         self._later.append(task)
 
     def run_later(self) -> None:

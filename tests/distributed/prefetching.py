@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 import dmt_compile
 from dmt_compile.runtime.program import Program
 from dmt_compile.runtime.tables import ShardedTable
+from dmt_compile.runtime.world import ProcessWorld
 from tests.distributed.scenarios import compiled
 from tests.models import DLRM, Mixture, make_batch
 
@@ -73,6 +75,34 @@ def with_and_without(rank: int, kind: str, topology: str, **options: Any) -> dic
         seen.append([*found, *map(local, model.parameters())])
     equal = all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
     return {"equal": equal, "training": in_training, "evaluation": rests.number - in_training}
+
+
+def order_of_a_step(rank: int) -> list[str]:
+    """Return what a forward pass waits for, and when it lets the ids of the next batch leave, once both are there."""
+    torch.manual_seed(0)
+    model = DLRM()
+    step_model = compiled(model, topology="2x2")
+    finish, submit = ProcessWorld._finish, ThreadPoolExecutor.submit
+    events: list[str] = []
+
+    def finishing(self: ProcessWorld, work: Any, label: str, group: str, direction: str | None = None) -> None:
+        if self.name == "step" and direction is not None:
+            events.append(label)
+        finish(self, work, label, group, direction)
+
+    def submitting(self: ThreadPoolExecutor, task: Any, *args: Any) -> Any:
+        if self._thread_name_prefix == "dmt_prefetch":
+            events.append("ids of the next batch leave")
+        return submit(self, task, *args)
+
+    ProcessWorld._finish = finishing  # type: ignore[method-assign]  # in a process of its own
+    ThreadPoolExecutor.submit = submitting  # type: ignore[method-assign]
+    steps = []
+    for batch in dmt_compile.prefetch(batches_of(model, rank), step_model):
+        events.clear()
+        step_model(*batch)
+        steps.append(list(events))
+    return steps[3]
 
 
 def faulty_next_batch(rank: int) -> tuple[int, str]:
