@@ -58,4 +58,6 @@ $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "Installing dmt_compile with all development packages into $(VENV) (about a minute the first time) ..."
 	@$(PIP) install -c constraints.txt -e '.[demo,test,dev]'
 	@$(PIP) install --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0
+# Kernels run in Triton's interpreter where there is no GPU; a CUDA build of torch has brought the Triton it pins.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps triton==3.8.0
 	@touch $(VENV)/.demo-installed $@

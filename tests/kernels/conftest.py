@@ -1,0 +1,43 @@
+"""What the tests of kernels share: the devices they run on, and memory that shows what was not written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+# Without a GPU kernels run in Triton's interpreter, which has to be asked for before a kernel is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Return where a Triton kernel runs: on a GPU, or on a CPU in the interpreter."""
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("kernels were imported for the GPU that is here: the same test runs there")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill new memory with NaN, so that what an operator does not write shows."""
+    new_empty: Callable[..., torch.Tensor] = torch.Tensor.new_empty
+
+    def poisoned(tensor: torch.Tensor, *sizes: Any, **options: Any) -> torch.Tensor:
+        made = new_empty(tensor, *sizes, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    def from_nothing(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def poisoned_too(*args: Any, **options: Any) -> torch.Tensor:
+            made = make(*args, **options)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        return poisoned_too
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, from_nothing(getattr(torch, name)))
