@@ -63,7 +63,9 @@ def compile_ahead(operator: str, case: AheadCase, target: str) -> Resources:
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     source = ASTSource(case.kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": case.num_warps})
+    compiled = triton.compile(
+        source, target=GPUTarget(*TARGETS[target]), options={"num_warps": case.num_warps, **case.options}
+    )
     registers, spills = (_of_ptx if "ptx" in compiled.asm else _of_amdgcn)(compiled.asm, target)
     return Resources(operator, case.name, target, registers, spills, compiled.metadata.shared)
 

@@ -43,6 +43,7 @@ class AheadCase:
         aligned: arguments that are multiples of 16, as most addresses and strides are at launch, where Triton finds
             out by itself.
         num_warps: as at launch.
+        options: others of the launch, such as ``enable_fp_fusion``.
     """
 
     name: str
@@ -51,6 +52,7 @@ class AheadCase:
     constants: Mapping[str, Any] = field(default_factory=dict)
     aligned: frozenset[str] = frozenset()
     num_warps: int = 4
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def operators() -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dmt_compile.kernels.pack_rows.reference import FORMATS, pack_rows, packed_dtype, packed_width, unpack_rows
+from dmt_compile.kernels.pack_rows.op import FORMATS, pack_rows, packed_dtype, packed_width, unpack_rows
 from dmt_compile.runtime.world import Pending, World
 
 Block = tuple[int, int]  # rows, columns

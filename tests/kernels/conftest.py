@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from typing import Any
@@ -41,3 +42,25 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, from_nothing(getattr(torch, name)))
+
+
+@pytest.fixture
+def far_apart() -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that copies a matrix into rows so far apart that the last begins behind 2^31 elements.
+
+    The distance itself fits 32 bits where there are several rows, so that its product with a row's number is what must
+    not be computed in 32. The memory between rows is not touched: on a CPU it takes addresses, and no pages.
+    """
+
+    def spread(rows: torch.Tensor) -> torch.Tensor:
+        stride = 16 * (2**31 // (16 * (len(rows) - 1)) + 1)
+        elements = stride * (len(rows) - 1) + rows.shape[1]
+        if rows.device.type == "cpu":
+            memory = mmap.mmap(-1, elements * rows.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            flat = torch.frombuffer(memory, dtype=rows.dtype)
+        else:
+            flat = rows.new_empty(elements)
+        out = flat.as_strided(rows.shape, (stride, 1))
+        return out.copy_(rows)
+
+    return spread
