@@ -22,6 +22,7 @@ from dmt_compile.passes.compress_collectives import CompressCollectives
 from dmt_compile.passes.find_interaction import FindInteraction
 from dmt_compile.passes.find_tables import FindTables
 from dmt_compile.passes.fold_joins import FoldJoins
+from dmt_compile.passes.fuse_optimizers import FuseOptimizers
 from dmt_compile.passes.insert_tower_modules import InsertTowerModules
 from dmt_compile.passes.lower_to_sptt import LowerToSptt
 from dmt_compile.passes.normalize_graph import NormalizeGraph
@@ -55,6 +56,7 @@ def passes_in_order(options: Options) -> tuple[Pass, ...]:
             wire_dtype=options.wire_forms("dense")[0]
         ),  # after the exchanges: whatever is still a trained input is dense
         BatchLookups(),  # after the exchanges: fuses what is left on a rank
+        FuseOptimizers(),  # after batching: a step needs all lookups of a table in one operator
         FoldJoins(),  # after batching: the joined features are there to be read at once
         CompileDenseRegions(options.dense_compiler),  # after all that rewrites the graph
         OverlapCollectives(),  # last: orders regions and exchanges

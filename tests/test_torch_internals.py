@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dmt_compile import torch_internals
 from dmt_compile.ir.metadata import is_plain_lookup
+from tests.in_backward import attach
 
 LookUp = Callable[..., torch.Tensor]
 
@@ -146,3 +147,24 @@ def test_pytorchs_own_errors_stay(own: list[Any]) -> None:
         assert not is_plain_lookup(F.embedding, (ids(3)[0][0], torch.ones(7, 4)), {"padding_idx": padding})
     with pytest.raises(Exception, match="Padding_idx must be within num_embeddings"):
         compiled(lambda w, i: F.embedding(i, w, padding_idx=8))(ids(3))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_optimizers_in_the_backward_pass_follow_the_contents(fails: bool) -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    attach(torch.optim.SGD, [parameter], {"lr": 0.5})
+
+    def swap() -> None:
+        if fails:
+            raise RuntimeError("not now")
+        torch_internals.swap_contents(parameter, nn.Parameter(torch.full((2,), 3.0)))
+
+    with torch.no_grad():  # the first call of a model may be an evaluation
+        try:
+            torch_internals.swap_in_backward(parameter, swap)
+        except RuntimeError:
+            assert fails
+    assert torch_internals.in_backward_node(parameter) is not None
+    parameter.sum().backward()
+    assert torch.equal(parameter, torch.full((2,), 0.5 if fails else 2.5))
+    assert parameter.grad is None

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from dmt_compile.api import Explanation
 
 
+_NOTED = {
+    "insert_tower_modules": "Tower Modules, and the layers that they give another size",
+    "fuse_optimizers": "Optimizers that lookups step themselves",
+}
+
+
 def explanation_text(explanation: Explanation, width: int = 110) -> str:
     """Return what was found, the plan, the bytes on each link and the passes, as plain text."""
     # Source lines hold brackets and colons, which rich would read as markup and emoji.
@@ -31,8 +37,8 @@ def explanation_text(explanation: Explanation, width: int = 110) -> str:
     console.print(f"\nBytes per training step, summed over all ranks, local batch {explanation.batch_size}")
     console.print(_links(explanation))
     for record in explanation.passes:
-        if record.name == "insert_tower_modules" and record.report.changed:
-            console.print("\nTower Modules, and the layers that they give another size")
+        if record.name in _NOTED and record.report.changed:
+            console.print(f"\n{_NOTED[record.name]}")
             for note in record.report.notes:
                 console.print(f"  {note}", soft_wrap=True)
     console.print("\nPasses, in order")

@@ -6,6 +6,7 @@ import gc
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def _shard(name: str, parameter: torch.Tensor, block: Block, optimizers: list[to
     parameter.grad = None
     replacement = nn.Parameter(ShardedTable(local, shape, block), parameter.requires_grad)
     try:
-        torch_internals.swap_contents(parameter, replacement)
+        torch_internals.swap_in_backward(parameter, partial(torch_internals.swap_contents, parameter, replacement))
     except RuntimeError as error:
         raise UnsupportedGraphError(
             f"sharding: expected table {name} free of earlier autograd graphs, found that {error}; drop the outputs "
@@ -92,10 +93,13 @@ def _shard(name: str, parameter: torch.Tensor, block: Block, optimizers: list[to
         parameter.grad = ShardedTable(block.cut(gradient).clone(), shape, block)
     elif gradient is not None and local.numel():
         parameter.grad = _own_rows(gradient, block)
+    of_rows = Block(block.name, block.rows, (0, 1), block.model)  # what RowWiseAdagrad keeps for each row
     for optimizer in optimizers:
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor) and value.shape == shape and not isinstance(value, ShardedTable):
-                optimizer.state[parameter][key] = ShardedTable(block.cut(value).clone(), shape, block)
+            for part, whole_shape in ((block, shape), (of_rows, torch.Size((shape[0], 1)))):
+                if isinstance(value, torch.Tensor) and value.shape == whole_shape:
+                    optimizer.state[parameter][key] = ShardedTable(part.cut(value).clone(), whole_shape, part)
+                    break
 
 
 def _own_rows(gradient: torch.Tensor, block: Block) -> torch.Tensor:

@@ -144,6 +144,10 @@ class ShardedTable(torch.Tensor):
         table = args[0] if args and isinstance(args[0], ShardedTable) else _first_table(args, kwargs)
         if func in _ELEMENTWISE or torch.Tag.pointwise in func.tags:
             return _elementwise(func, table, args, kwargs)
+        if func is aten.view.default and list(args[1]) == list(table.shape):
+            return ShardedTable(
+                table._local.detach(), table.shape, table._block
+            )  # how PyTorch finds a parameter's node
         if func is aten.sparse_mask.default:
             return _sparse_mask(args[0], args[1])
         if name.endswith("_") and torch.Tag.nondeterministic_seeded in func.tags:

@@ -14,6 +14,7 @@ import torch
 
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.kernels.batched_lookup.reference import Pooling, width_of
+from dmt_compile.runtime import in_backward
 from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse
 
 __all__ = ["Pooling", "batched_lookup"]
@@ -103,6 +104,7 @@ class _BatchedLookup(torch.autograd.Function):
         ctx.lookups, ctx.inputs = lookups, len(tensors)
         ctx.elsewhere = {i: w.dtype for i, w in enumerate(weights) if w is not None and ids[i] is None}
         ctx.fields = _fields(pooling, tables)
+        ctx.readings = in_backward.read(tables, owned, pooling, ctx.needs_input_grad[4 + len(ids) :])
         return out_BW
 
     @staticmethod
@@ -113,6 +115,7 @@ class _BatchedLookup(torch.autograd.Function):
                 "no gradient of their own; compute second derivatives with the eager model"
             )
         given: list[torch.Tensor | None] = [None] * ctx.inputs
+        due = [reading for reading in dict.fromkeys(ctx.readings.values()) if reading.due()]
         of_fields: dict[Any, list[tuple[_Lookup, torch.Tensor]]] = defaultdict(list)
         for feature, dtype in ctx.elsewhere.items():
             given[feature] = grads[0].new_empty(0, dtype=dtype)
@@ -127,12 +130,19 @@ class _BatchedLookup(torch.autograd.Function):
                 if ctx.fields[lookup.feature] is not None:
                     of_fields[ctx.fields[lookup.feature]].append((lookup, grad_BD))
                 else:
-                    given[first_table + lookup.feature] = _table_gradient(grad_BD, lookup, saved)
+                    alone = ctx.readings.get(lookup.feature) in due
+                    given[first_table + lookup.feature] = _table_gradient(grad_BD, lookup, saved, alone)
         for fields in of_fields.values():  # fields have rows of their own: one gradient for all, in the order of each
             first = fields[0][0]
             ids_N = torch.cat([ctx.saved_tensors[lookup.saved][0] for lookup, _ in fields])
             grad_ND = torch.cat([grad_BD for _, grad_BD in fields])
-            given[first_table + first.feature] = _table_gradient(grad_ND, first, [ids_N])
+            alone = ctx.readings.get(first.feature) in due
+            given[first_table + first.feature] = _table_gradient(grad_ND, first, [ids_N], alone)
+        for reading in due:
+            of_table = [first_table + feature for feature, other in ctx.readings.items() if other is reading]
+            reading.step([gradient for index in of_table if (gradient := given[index]) is not None])
+            for index in of_table:
+                given[index] = None
         return None, None, None, None, *given
 
 
@@ -218,8 +228,11 @@ def _weights_gradient(grad_BD: torch.Tensor, lookup: _Lookup, saved: Sequence[to
     return gradient
 
 
-def _table_gradient(grad: torch.Tensor, lookup: _Lookup, saved: Sequence[torch.Tensor]) -> torch.Tensor:
-    how = lookup.how
+def _table_gradient(
+    grad: torch.Tensor, lookup: _Lookup, saved: Sequence[torch.Tensor], rows_alone: bool = False
+) -> torch.Tensor:
+    """Return the gradient as the table's own; with ``rows_alone`` sparse, and of this rank's rows."""
+    how = lookup.how._replace(sparse=True) if rows_alone else lookup.how
     padding = _padding_row(lookup.block, how)
     grad = grad.contiguous()
     if len(saved) == 1:
@@ -236,7 +249,7 @@ def _table_gradient(grad: torch.Tensor, lookup: _Lookup, saved: Sequence[torch.T
     if how.columns is not None:
         first, end = (0, lookup.shape[1]) if lookup.block is None else lookup.block.columns
         local = _widened(local, end - first, how.columns[0] - first)
-    return local if lookup.block is None else _flat_gradient(local, lookup.shape, lookup.block)
+    return local if lookup.block is None or rows_alone else _flat_gradient(local, lookup.shape, lookup.block)
 
 
 def _flat_gradient(local: torch.Tensor, shape: torch.Size, block: Block) -> torch.Tensor:

@@ -12,7 +12,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import dmt_compile
+from dmt_compile.optim import RowWiseAdagrad
+from dmt_compile.runtime import in_backward
 from dmt_compile.runtime.tables import ShardedTable
+from tests.in_backward import attach
 from tests.models import DLRM, Mixture, Projected, concatenate, dense_of, make_batch
 
 OPTIONS = {"dense_compiler": "eager", "first_timeout_s": 60.0, "timeout_s": 10.0}
@@ -89,6 +92,54 @@ def train(
         if isinstance(value, ShardedTable)
     )
     return result
+
+
+IN_BACKWARD: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1}),
+    "row_wise_adagrad": (RowWiseAdagrad, {"lr": 0.1}),
+}
+
+
+def train_in_backward(rank: int, kind: str, sparse: bool, attached_after: bool) -> dict[str, Any]:
+    """Train with the tables' optimizers in the backward pass, where lookups step them; the flat model's are hooked."""
+    world, done = dist.get_world_size(), 0
+    step = in_backward.Reading.step
+
+    def counted(reading: in_backward.Reading, *args: Any) -> None:
+        nonlocal done
+        done += 1
+        step(reading, *args)
+
+    in_backward.Reading.step = counted  # type: ignore[method-assign]
+    torch.manual_seed(rank)  # rank 0's initial values must win
+    model = DLRM(sparse=sparse)
+    torch.manual_seed(0)
+    flat = DLRM(sparse=sparse)
+    optimizer, options = IN_BACKWARD[kind]
+    attach(optimizer, flat.emb.parameters(), options)
+    generator = torch.Generator().manual_seed(5)
+    step_model = compiled(model)
+    if attached_after:
+        with torch.no_grad():
+            step_model(*make_batch(model, 2, generator))
+    attach(optimizer, model.emb.parameters(), options)
+    worst = 0.0
+    for sizes in SIZES:
+        batches = [make_batch(model, size, generator) for size in sizes[:world]]
+        output = step_model(*batches[rank])
+        expected = flat(*concatenate(batches))
+        first = sum(sizes[:rank])
+        worst = max(worst, difference(output, expected[first : first + sizes[rank]]))
+        output.sum().backward()
+        (expected.sum() / world).backward()
+        assert all(table.grad is None for table in model.emb.parameters())
+    state = dmt_compile.full_state_dict(step_model)
+    tables = {name: value for name, value in flat.state_dict().items() if name.startswith("emb.")}
+    weights = max(difference(state[name], value) for name, value in tables.items()) if rank == 0 else 0.0
+    owned = [table for table in model.emb.parameters() if table.local.numel()]
+    kept = [value for table in owned for value in table._in_backward_optimizers[0].state[table].values()]
+    elements = sum(value.local.numel() for value in kept if isinstance(value, ShardedTable))
+    return {"output": worst, "weights": weights, "steps": done, "owned": len(owned), "state": elements}
 
 
 def train_every_lookup(rank: int, topology: str, built_after: bool, **options: Any) -> dict[str, Any]:

@@ -64,6 +64,23 @@ def check_training(
     assert [result["state"] for result in results] == [per_element * elements for elements in owned]
 
 
+@pytest.mark.parametrize(
+    ("kind", "sparse", "attached_after"),
+    [("row_wise_adagrad", True, False), ("adagrad", False, True)],
+)
+def test_optimizers_in_the_backward_pass_step_as_the_flat_model_s(
+    kind: str, sparse: bool, attached_after: bool
+) -> None:
+    results = values(run_ranks(scenarios.train_in_backward, 4, kind, sparse, attached_after))
+    for result in results:
+        assert result["output"] <= FORWARD[torch.float32] * LONGEST_SUM**0.5
+        assert result["weights"] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5
+        assert result["steps"] == len(scenarios.SIZES) * result["owned"]
+    rows = 50 + 20 + 7 + 33 + 11
+    elements = rows if kind == "row_wise_adagrad" else 8 * rows  # each once
+    assert sum(result["state"] for result in results) == elements
+
+
 @pytest.mark.parametrize("id_exchange", ["global", "hierarchical"])
 def test_lookups_of_every_kind_train_as_the_flat_model_s(id_exchange: str) -> None:
     step = partial(scenarios.train_every_lookup, id_exchange=id_exchange)

@@ -541,7 +541,7 @@ def padding_rows_are_trained(patch: Patch) -> None:
 @mutation("fields", r"gradient of emb\.0\.weight differs")
 def fields_of_a_table_share_the_first_ones_gradient(patch: Patch) -> None:
     gradient = kernel._table_gradient
-    patch.setattr(kernel, "_table_gradient", lambda grad, lookup, saved: gradient(
+    patch.setattr(kernel, "_table_gradient", lambda grad, lookup, saved, alone=False: gradient(
         grad[: len(grad) // 3], lookup, [saved[0][: len(saved[0]) // 3]]) if len(saved) == 1
         else gradient(grad, lookup, saved))  # fmt: skip
 
