@@ -11,6 +11,7 @@ from typing import Any
 import networkx as nx
 
 from dmt_compile.errors import ConfigError
+from dmt_compile.kernels.choice import KERNELS
 from dmt_compile.kernels.pack_rows.reference import CASTS, FORMATS
 from dmt_compile.partition.assign import STRATEGIES
 from dmt_compile.partition.interaction import InteractionMatrix, read_interactions
@@ -69,6 +70,9 @@ class Options:
         dense_compiler: what compiles the dense regions: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         dense_reduction: of dense gradients: ``"flat"`` (one all-reduce), ``"hierarchical"`` (in hosts, between them, in
             hosts again) or ``"auto"``: hierarchical where several hosts have several ranks each.
+        kernels: which implementation of lookups, interactions and packed rows runs: ``"auto"`` (the fastest that can,
+            see ``explain`` or ``report.json`` for which and why), ``"reference"`` (PyTorch's own operators),
+            ``"triton"`` or ``"fbgemm"``, each where it can and the reference elsewhere.
         check_ids: check every id against its table's rows before it is used.
         strict: an unsupported region is an error, not a fallback.
         verify: hold the graph to its stage's rules after every pass.
@@ -97,6 +101,7 @@ class Options:
     id_exchange: str = "auto"
     dense_compiler: str = "inductor"
     dense_reduction: str = "auto"
+    kernels: str = "auto"
     check_ids: bool = True
     strict: bool = False
     verify: bool = True
@@ -128,6 +133,7 @@ class Options:
             ("dense_compiler", DENSE_COMPILERS),
             ("dense_reduction", DENSE_REDUCTIONS),
             ("id_exchange", ID_EXCHANGES),
+            ("kernels", KERNELS),
         ):
             value = getattr(self, name)
             if value not in known:

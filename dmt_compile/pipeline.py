@@ -30,6 +30,7 @@ from dmt_compile.passes.overlap_collectives import OverlapCollectives
 from dmt_compile.passes.partition_towers import PartitionTowers
 from dmt_compile.passes.place_tables import PlaceTables
 from dmt_compile.passes.pool_sequences import PoolSequences
+from dmt_compile.passes.select_kernels import SelectKernels
 from dmt_compile.passes.split_field_tables import SplitFieldTables
 from dmt_compile.passes.split_tables import SplitTables
 from dmt_compile.passes.sync_dense_gradients import SyncDenseGradients
@@ -58,6 +59,7 @@ def passes_in_order(options: Options) -> tuple[Pass, ...]:
         BatchLookups(),  # after the exchanges: fuses what is left on a rank
         FuseOptimizers(),  # after batching: a step needs all lookups of a table in one operator
         FoldJoins(),  # after batching: the joined features are there to be read at once
+        SelectKernels(options.kernels),  # after lookups and exchanges have their final arguments
         CompileDenseRegions(options.dense_compiler),  # after all that rewrites the graph
         OverlapCollectives(),  # last: orders regions and exchanges
     )

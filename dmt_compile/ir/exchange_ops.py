@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dmt_compile.ir.ops import FreshSizes, operator, requires_grad
+from dmt_compile.kernels.choice import REFERENCE
 from dmt_compile.runtime import world as runtime
 from dmt_compile.runtime.route import Route
 from dmt_compile.runtime.transfer import Transfer
@@ -27,12 +28,14 @@ class InFlight(NamedTuple):
     transfer: Transfer | None
 
 
-def _fake_start_all_to_all(sizes: FreshSizes, tensor: Any, *rest: Any) -> Any:
+def _fake_start_all_to_all(sizes: FreshSizes, tensor: Any, *rest: Any, kernel: Any = None) -> Any:
     return InFlight(requires_grad(tensor.new_empty(sizes.make()), tensor), None)
 
 
 @operator(_fake_start_all_to_all, collective=True)
-def start_all_to_all(tensor: torch.Tensor, route: Route, hop: str, group: str, forward: str, backward: str) -> InFlight:
+def start_all_to_all(
+    tensor: torch.Tensor, route: Route, hop: str, group: str, forward: str, backward: str, kernel: str = REFERENCE
+) -> InFlight:
     """Start to exchange row blocks of ``tensor`` with the ranks of ``group``; gradients go back the same way.
 
     In the backward pass, this operator is where the gradients that ``wait_all_to_all`` started to send are waited for:
@@ -44,9 +47,10 @@ def start_all_to_all(tensor: torch.Tensor, route: Route, hop: str, group: str, f
         hop: ``ids`` or ``weights`` (step a), ``intra`` (step d) or ``peer`` (step f).
         group: ``world``, ``intra`` or ``peer``.
         forward, backward: the form on the wire: the tensor's element type, or a form of ``pack_rows``.
+        kernel: the implementation of ``pack_rows`` that ``select_kernels`` chose.
     """
     send, receive = route.blocks(hop)
-    transfer = Transfer(runtime.current().world, send, receive, hop, group, (forward, backward))
+    transfer = Transfer(runtime.current().world, send, receive, hop, group, (forward, backward), kernel)
     if not tensor.requires_grad:
         return InFlight(transfer.start(tensor), transfer)
     return InFlight(_Start.apply(tensor.reshape(-1), transfer), transfer)  # type: ignore[no-untyped-call]

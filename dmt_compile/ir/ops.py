@@ -23,6 +23,7 @@ import torch
 from dmt_compile import torch_internals
 from dmt_compile.kernels.batched_lookup import op as batched
 from dmt_compile.kernels.batched_lookup.reference import Pooling, width_of
+from dmt_compile.kernels.choice import REFERENCE
 from dmt_compile.runtime.checks import find_fault, trim
 from dmt_compile.runtime.route import Layout, Route
 
@@ -150,7 +151,7 @@ def lookup(
 
 
 def _fake_batched_lookup(
-    sizes: FreshSizes, tables: Any, ids: Any, offsets: Any, weights: Any, pooling: Any, route: Any
+    sizes: FreshSizes, tables: Any, ids: Any, offsets: Any, weights: Any, pooling: Any, route: Any, kernel: Any = None
 ) -> Any:
     dtype = functools.reduce(torch.promote_types, (table.dtype for table in tables))
     if route is None:
@@ -169,6 +170,7 @@ def batched_lookup(
     weights: Sequence[torch.Tensor | None],
     pooling: tuple[Pooling, ...],
     route: Route | None,
+    kernel: str = REFERENCE,
 ) -> torch.Tensor:
     """Look up all features that this rank owns and join them: (B or G, W).
 
@@ -179,13 +181,14 @@ def batched_lookup(
         weights: per feature (N_f,), or ``None``.
         pooling: of each feature.
         route: the step's route where features are spread over ranks.
+        kernel: the implementation that ``select_kernels`` chose.
     """
     if route is not None:
         bags = route.global_batch_size
     else:
         starts = ids[0] if offsets[0] is None else offsets[0]
         bags = 0 if starts is None else len(starts)
-    return batched.batched_lookup(tables, ids, offsets, tuple(pooling), bags, weights)
+    return batched.batched_lookup(tables, ids, offsets, tuple(pooling), bags, weights, kernel)
 
 
 def _fake_split_features(sizes: FreshSizes, joined: Any, layout: Any, widths: Any = None) -> Any:

@@ -114,7 +114,8 @@ def fingerprint(gm: fx.GraphModule) -> int:
         target = node.target if isinstance(node.target, str) and node.op != "placeholder" else ""
         if node.op == "call_function":
             target = getattr(node.target, "__name__", type(node.target).__name__)
-        text = _text((node.args, dict(node.kwargs)), numbers)
+        kwargs = {name: value for name, value in node.kwargs.items() if name != "kernel"}  # each rank chooses its own
+        text = _text((node.args, kwargs), numbers)
         shape = _static_shape(node.meta.get("val")) if node.op == "placeholder" else ""
         digest.update(f"{index} {node.op} {target} {text} {shape}\n".encode())
         region = torch_internals.attribute(gm, str(node.target)) if node.op in ("call_module", "get_attr") else None

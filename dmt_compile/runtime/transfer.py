@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dmt_compile.kernels.choice import REFERENCE
 from dmt_compile.kernels.pack_rows.op import FORMATS, pack_rows, packed_dtype, packed_width, unpack_rows
 from dmt_compile.runtime.world import Pending, World
 
@@ -21,25 +22,28 @@ def wire_sizes(blocks: Sequence[Block], form: str) -> list[int]:
     return [rows * (packed_width(width, form) if form in FORMATS else width) for rows, width in blocks]
 
 
-def encode(tensor: torch.Tensor, blocks: Sequence[Block], form: str) -> torch.Tensor:
+def encode(tensor: torch.Tensor, blocks: Sequence[Block], form: str, kernel: str = REFERENCE) -> torch.Tensor:
     """Return a tensor's blocks as they travel, 1-D; ``form``: of ``pack_rows``, or the tensor's own type."""
     flat = tensor.reshape(-1)
     if form not in FORMATS:
         return flat
     parts = flat.split([rows * width for rows, width in blocks])
     packed = [
-        pack_rows(part.view(rows, width), form).view(-1) for part, (rows, width) in zip(parts, blocks, strict=True)
+        pack_rows(part.view(rows, width), form, kernel).view(-1)
+        for part, (rows, width) in zip(parts, blocks, strict=True)
     ]
     return torch.cat(packed)
 
 
-def decode(wire: torch.Tensor, blocks: Sequence[Block], form: str, dtype: torch.dtype) -> torch.Tensor:
+def decode(
+    wire: torch.Tensor, blocks: Sequence[Block], form: str, dtype: torch.dtype, kernel: str = REFERENCE
+) -> torch.Tensor:
     """Return what ``encode`` was given, 1-D, of type ``dtype``."""
     if form not in FORMATS:
         return wire
     parts = wire.split(wire_sizes(blocks, form))
     rows_of = [
-        unpack_rows(part.view(rows, packed_width(width, form)), form, width, dtype).reshape(-1)
+        unpack_rows(part.view(rows, packed_width(width, form)), form, width, dtype, kernel).reshape(-1)
         for part, (rows, width) in zip(parts, blocks, strict=True)
     ]
     return torch.cat(rows_of)
@@ -55,6 +59,7 @@ class Transfer:
         hop: its name in errors and in the ledger.
         group: whose ranks take part.
         forms: on the wire, forward and backward; see :func:`encode`.
+        kernel: what packs and unpacks rows.
     """
 
     world: World
@@ -63,13 +68,14 @@ class Transfer:
     hop: str
     group: str
     forms: tuple[str, str]
+    kernel: str = REFERENCE
     _pending: list[tuple[Pending, list[Block], str, torch.dtype]] = field(default_factory=list)
 
     def start(self, tensor: torch.Tensor, backward: bool = False) -> torch.Tensor:
         """Start to send; return a stand-in for what will be received, of its shape and type, that takes no memory."""
         send, receive = (self.receive, self.send) if backward else (self.send, self.receive)
         form, direction = self.forms[backward], "backward" if backward else "forward"
-        wire = encode(tensor, send, form)
+        wire = encode(tensor, send, form, self.kernel)
         if form in FORMATS:
             # As bytes: not every transport knows every type.
             size, wire = packed_dtype(form).itemsize, wire.view(torch.uint8)
@@ -84,4 +90,5 @@ class Transfer:
         """Wait for what was started last, and return what was received, 1-D."""
         pending, receive, form, dtype = self._pending.pop()
         wire = pending.wait()
-        return decode(wire.view(packed_dtype(form)) if form in FORMATS else wire, receive, form, dtype)
+        packed = wire.view(packed_dtype(form)) if form in FORMATS else wire
+        return decode(packed, receive, form, dtype, self.kernel)

@@ -13,13 +13,19 @@ from typing import Any
 import torch
 
 from dmt_compile.errors import UnsupportedGraphError
+from dmt_compile.kernels.batched_lookup import fbgemm
 from dmt_compile.kernels.batched_lookup.reference import Pooling, width_of
+from dmt_compile.kernels.choice import REFERENCE
 from dmt_compile.runtime import in_backward
 from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse
 
-__all__ = ["Pooling", "batched_lookup"]
+__all__ = ["KERNELS", "Pooling", "batched_lookup"]
+
+# Kernel -> why it cannot do some lookups together, ``None`` where it can; the fastest first.
+KERNELS = {"fbgemm": fbgemm.supports}
 
 _MODES = {"sum": 0, "mean": 1, "max": 2}
+_NO_TENSORS = 5  # arguments of the autograd node before weights and tables
 aten = torch.ops.aten
 
 
@@ -30,6 +36,7 @@ def batched_lookup(
     pooling: tuple[Pooling, ...],
     bags: int,
     weights: Sequence[torch.Tensor | None] | None = None,
+    kernel: str = REFERENCE,
 ) -> torch.Tensor:
     """Return the pooled features that this rank owns, side by side; ``reference.py`` defines the numbers.
 
@@ -41,13 +48,14 @@ def batched_lookup(
         bags: B.
         weights: per feature (N,) factors of the rows of a sum, of the table's dtype, or ``None``; empty where another
             rank owns the table.
+        kernel: one of ``KERNELS`` that has nothing against these lookups, or the reference.
 
     Returns:
         (B, W) of the tables' promoted dtype; width 0 on a rank that owns nothing. It takes part in the backward pass
         wherever a table needs a gradient, on every rank alike, since the exchanges behind it do.
     """
     weights = [None] * len(tables) if weights is None else weights
-    out: torch.Tensor = _BatchedLookup.apply(tuple(ids), tuple(offsets), pooling, bags, *weights, *tables)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _BatchedLookup.apply(tuple(ids), tuple(offsets), pooling, bags, kernel, *weights, *tables)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -73,6 +81,7 @@ class _BatchedLookup(torch.autograd.Function):
         offsets: tuple[torch.Tensor | None, ...],
         pooling: tuple[Pooling, ...],
         bags: int,
+        kernel: str,
         *tensors: Any,
     ) -> torch.Tensor:
         weights, tables = tensors[: len(ids)], tensors[len(ids) :]
@@ -84,27 +93,35 @@ class _BatchedLookup(torch.autograd.Function):
         width = sum(width_of(locals_[feature], pooling[feature]) for feature in owned)
         out_BW = locals_[0].new_empty(bags, width, dtype=dtype)
         lookups: list[_Lookup] = []
+        together: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         saved: list[torch.Tensor] = []
         column = 0
         for feature in owned:
             table, local, how = tables[feature], locals_[feature], pooling[feature]
             block = table.block if isinstance(table, ShardedTable) else None
             local = _columns(local, block, how)
-            kept, pooled = _forward(local, block, ids[feature], offsets[feature], weights[feature], how)
-            if len(owned) == 1:
-                out_BW = pooled.to(dtype)
+            ids_N, offsets_B = _local_ids(block, ids[feature], offsets[feature], how)
+            if kernel == "fbgemm":
+                together.append((local, ids_N, offsets_B))
+                kept = [ids_N] if offsets_B is None else [ids_N, offsets_B, *[ids_N.new_empty(0)] * 3]
             else:
-                out_BW[:, column : column + pooled.shape[1]] = pooled
-            column += pooled.shape[1]
+                kept, pooled = _forward(local, block, ids_N, offsets_B, weights[feature], how)
+                if len(owned) == 1:
+                    out_BW = pooled.to(dtype)
+                else:
+                    out_BW[:, column : column + pooled.shape[1]] = pooled
+                column += pooled.shape[1]
             here = slice(len(saved), len(saved) + len(kept))
             rows, width = local.shape
             lookups.append(_Lookup(feature, how, rows, width, local.dtype, table.shape, block, here))
             saved += kept
+        if together:
+            out_BW = fbgemm.look_up(together, bags)
         ctx.save_for_backward(*saved)
         ctx.lookups, ctx.inputs = lookups, len(tensors)
         ctx.elsewhere = {i: w.dtype for i, w in enumerate(weights) if w is not None and ids[i] is None}
         ctx.fields = _fields(pooling, tables)
-        ctx.readings = in_backward.read(tables, owned, pooling, ctx.needs_input_grad[4 + len(ids) :])
+        ctx.readings = in_backward.read(tables, owned, pooling, ctx.needs_input_grad[_NO_TENSORS + len(ids) :])
         return out_BW
 
     @staticmethod
@@ -124,9 +141,9 @@ class _BatchedLookup(torch.autograd.Function):
             grad_BD = grads[0][:, column : column + lookup.width].to(lookup.dtype)
             column += lookup.width
             saved = ctx.saved_tensors[lookup.saved]
-            if ctx.needs_input_grad[4 + lookup.feature]:
+            if ctx.needs_input_grad[_NO_TENSORS + lookup.feature]:
                 given[lookup.feature] = _weights_gradient(grad_BD, lookup, saved)
-            if ctx.needs_input_grad[4 + first_table + lookup.feature]:
+            if ctx.needs_input_grad[_NO_TENSORS + first_table + lookup.feature]:
                 if ctx.fields[lookup.feature] is not None:
                     of_fields[ctx.fields[lookup.feature]].append((lookup, grad_BD))
                 else:
@@ -143,22 +160,28 @@ class _BatchedLookup(torch.autograd.Function):
             reading.step([gradient for index in of_table if (gradient := given[index]) is not None])
             for index in of_table:
                 given[index] = None
-        return None, None, None, None, *given
+        return *[None] * _NO_TENSORS, *given
+
+
+def _local_ids(block: Block | None, ids: Any, offsets: Any, how: Pooling) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return ids as rows of this rank's block, and offsets of their type.
+
+    The operators behind ``torch.nn.functional`` read both as if they were contiguous.
+    """
+    ids = ids.contiguous()
+    if block is not None and (shift := _shift(block, how)):
+        ids = ids - shift
+    return ids, None if offsets is None else offsets.contiguous().to(ids.dtype)
 
 
 def _forward(
     local: torch.Tensor, block: Block | None, ids: Any, offsets: Any, weights: Any, how: Pooling
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return what the backward pass needs, and the pooled rows."""
-    # the operators behind torch.nn.functional read ids and offsets as if they were contiguous
-    ids = ids.contiguous()
-    if block is not None and (shift := _shift(block, how)):
-        ids = ids - shift
     if how.max_norm is not None:
         aten.embedding_renorm_(local, ids, how.max_norm, how.norm_type)
     if offsets is None:
         return [ids], aten.embedding(local, ids)
-    offsets = offsets.contiguous().to(ids.dtype)
     padding = -1 if how.padding_counts else _padding_row(block, how)
     pooled, *rest = aten._embedding_bag(
         local, ids, offsets, how.scale_grad_by_freq, _MODES[how.mode], how.sparse, weights, False, padding

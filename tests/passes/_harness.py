@@ -131,14 +131,16 @@ def capture(model: nn.Module, batch: tuple[Any, ...], training: bool = True) -> 
     return raised.value
 
 
-def assert_compiled_is_eager(model: nn.Module, *batches: tuple[Any, ...], longest_sum: int | None = None) -> nn.Module:
+def assert_compiled_is_eager(
+    model: nn.Module, *batches: tuple[Any, ...], longest_sum: int | None = None, **options: Any
+) -> nn.Module:
     """Run ``batches`` forward and backward, compiled for one process and eagerly, and return the compiled model.
 
     Bitwise the same, or where ``longest_sum`` is given within what another order of that many terms may change.
     """
     torch._dynamo.reset()
     flat, mine = copy.deepcopy(model), copy.deepcopy(model)
-    compiled = torch.compile(mine, backend="dmt", options={"dense_compiler": "eager"})
+    compiled = torch.compile(mine, backend="dmt", options={"dense_compiler": "eager", **options})
     pairs: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     for batch in batches:
         output, expected = compiled(*batch), flat(*batch)
