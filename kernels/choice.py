@@ -37,7 +37,7 @@ def choose(wanted: str, device: torch.device, offered: Mapping[str, Callable[[],
     """
     rejected: list[tuple[str, str]] = []
     for kernel, refuse in offered.items():
-        reason = _against(kernel, wanted, device) or refuse()
+        reason = against(kernel, wanted, device) or refuse()
         if reason is None:
             return Choice(kernel, tuple(rejected))
         rejected.append((kernel, reason))
@@ -46,7 +46,8 @@ def choose(wanted: str, device: torch.device, offered: Mapping[str, Callable[[],
     return Choice(REFERENCE, tuple(rejected))
 
 
-def _against(kernel: str, wanted: str, device: torch.device) -> str | None:
+def against(kernel: str, wanted: str, device: torch.device) -> str | None:
+    """Return what speaks against a kernel whatever the operator; ``None`` where nothing does."""
     if wanted not in ("auto", kernel):
         return f"options ask for {wanted}"
     if kernel == "triton":

@@ -7,6 +7,9 @@ contraction of products and sums. Elements of 16 bits are read and written as in
 Shape suffixes: N rows, W columns, P elements of a packed row; in kernels N rows and W columns of one program's tile.
 """
 
+# Kernels have no annotations.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 from typing import Any
