@@ -23,6 +23,7 @@ from dmt_compile.passes.find_interaction import FindInteraction
 from dmt_compile.passes.find_tables import FindTables
 from dmt_compile.passes.fold_joins import FoldJoins
 from dmt_compile.passes.fuse_cross import FuseCross
+from dmt_compile.passes.fuse_interaction import FuseInteraction
 from dmt_compile.passes.fuse_optimizers import FuseOptimizers
 from dmt_compile.passes.insert_tower_modules import InsertTowerModules
 from dmt_compile.passes.lower_to_sptt import LowerToSptt
@@ -60,6 +61,7 @@ def passes_in_order(options: Options) -> tuple[Pass, ...]:
         BatchLookups(),  # after the exchanges: fuses what is left on a rank
         FuseOptimizers(),  # after batching: a step needs all lookups of a table in one operator
         FoldJoins(),  # after batching: the joined features are there to be read at once
+        FuseInteraction(options.kernels),  # after joins are folded, which gives the vectors their final form
         FuseCross(options.kernels),  # after joins are folded, so that it sees what regions will hold
         SelectKernels(options.kernels),  # after lookups and exchanges have their final arguments
         CompileDenseRegions(options.dense_compiler),  # after all that rewrites the graph

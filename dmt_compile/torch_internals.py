@@ -351,6 +351,11 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(getattr(tensor, "_local", tensor), FakeTensor)
 
 
+def written(tensor: torch.Tensor) -> int | None:
+    """Return how often a tensor was written to in place; ``None`` where nobody counts, as in inference mode."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def attribute(module: nn.Module, path: str) -> Any:
     """Return the attribute at a dotted path, as a graph's ``get_attr`` node names it."""
     value: Any = module

@@ -56,7 +56,7 @@ class FuseCross(Pass):
 
     name: ClassVar[str] = "fuse_cross"
     effect: ClassVar[Effect] = Effect.REORDERED
-    needs: ClassVar[Stage] = Stage.FLAT
+    needs: ClassVar[Stage] = Stage.DISTRIBUTED
     gives: ClassVar[Stage] = Stage.DISTRIBUTED
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassReport:

@@ -1,10 +1,16 @@
-"""What holds for every test: which of them run on this machine, and hypothesis without chance or deadlines."""
+"""What holds for every test: which run on this machine, Triton without a GPU, hypothesis without chance or deadlines."""
 
 from __future__ import annotations
+
+import os
 
 import hypothesis
 import pytest
 import torch
+
+# Without a GPU kernels run in Triton's interpreter, which has to be asked for before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Same examples in every run, and no timed assertion on a machine that others use as well.
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)

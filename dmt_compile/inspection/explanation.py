@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _NOTED = {
     "insert_tower_modules": "Tower Modules, and the layers that they give another size",
     "fuse_optimizers": "Optimizers that lookups step themselves",
+    "select_kernels": "Kernels, and what speaks against others",
 }
 
 
@@ -37,7 +38,7 @@ def explanation_text(explanation: Explanation, width: int = 110) -> str:
     console.print(f"\nBytes per training step, summed over all ranks, local batch {explanation.batch_size}")
     console.print(_links(explanation))
     for record in explanation.passes:
-        if record.name in _NOTED and record.report.changed:
+        if record.name in _NOTED and record.report.notes:
             console.print(f"\n{_NOTED[record.name]}")
             for note in record.report.notes:
                 console.print(f"  {note}", soft_wrap=True)

@@ -177,6 +177,7 @@ def run_towers(
     order = layout.group_features(route.group)
     parts = joined_PW.split([layout.widths[i] for i in order], dim=1)
     columns = dict(zip(order, parts, strict=True))
+    single = sum(tower.group == route.group for tower in towers) == 1
     out: list[torch.Tensor] = []
     idle: list[torch.Tensor] = []
     for tower in towers:
@@ -187,9 +188,11 @@ def run_towers(
         if tower.region < 0:
             out += mine
             continue
-        embs_PW = torch.cat(mine, dim=1).to(getattr(torch, tower.dtype))
+        # Features that lie as the exchange laid them, with no other reader, are not copied.
+        embs_PW = joined_PW if single and tower.features == order else torch.cat(mine, dim=1)
+        embs_PW = embs_PW.to(getattr(torch, tower.dtype))
         out.append(regions[tower.region](embs_PW, *given[tower.region])[0].to(joined_PW.dtype))
-    sent_PO = torch.cat(out, dim=1) if out else joined_PW
+    sent_PO = out[0].contiguous() if len(out) == 1 else torch.cat(out, dim=1) if out else joined_PW
     if idle:
         sent_PO = _Idle.apply(sent_PO, *idle)  # type: ignore[no-untyped-call]
     return sent_PO

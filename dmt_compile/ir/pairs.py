@@ -106,17 +106,9 @@ def _is_kind(
     gm: fx.GraphModule, ctx: PassContext, product: fx.Node, chain: Sequence[fx.Node], kind: str, vectors: int
 ) -> bool:
     """Tell whether each pair of a kind is selected once, by selecting from numbers in place of products."""
-    values: dict[fx.Node, Any] = {product: torch.arange(vectors**2).view(1, vectors, vectors)}
-    samples = torch_internals.canonical_expression(product.meta["val"].shape[0])
-
-    def value(node: fx.Node) -> Any:
-        if node not in values:
-            values[node] = _value(gm, ctx, node, value, samples)
-        return values[node]
-
     try:
-        found = value(chain[-1])
-    except _OnMeta:  # a model without numbers: as many pairs of indices as there are pairs
+        found = selected_numbers(gm, ctx, product, chain[-1], 1)
+    except OnMeta:  # a model without numbers: as many pairs of indices as there are pairs
         return True
     except Exception:  # whatever an operator says of one sample on the CPU: it is no mere selection
         return False
@@ -128,33 +120,55 @@ def _is_kind(
     )
 
 
-class _OnMeta(Exception):
+def selected_numbers(
+    gm: fx.GraphModule, ctx: PassContext, product: fx.Node, selected: fx.Node, samples: int
+) -> torch.Tensor:
+    """Return what a node selects of a batch of so many samples whose products are numbered, from 0 on.
+
+    Raises:
+        OnMeta: it reads a buffer on the meta device.
+        LookupError: it depends on the batch.
+        Exception: whatever an operator says of these samples on the CPU: it is no mere selection.
+    """
+    vectors = int(product.meta["val"].shape[1])
+    numbers = torch.arange(samples * vectors**2).view(samples, vectors, vectors)
+    values: dict[fx.Node, Any] = {product: numbers}
+    batch = torch_internals.canonical_expression(product.meta["val"].shape[0])
+
+    def value(node: fx.Node) -> Any:
+        if node not in values:
+            values[node] = _value(gm, ctx, node, value, batch, samples)
+        return values[node]
+
+    found: torch.Tensor = value(selected)
+    return found
+
+
+class OnMeta(Exception):
     """A buffer has no numbers."""
 
 
-def _value(gm: fx.GraphModule, ctx: PassContext, node: fx.Node, value: Callable[[fx.Node], Any], samples: Any) -> Any:
-    """Return what a node of indices, or of a selection, is on the CPU for one sample.
-
-    Raises:
-        _OnMeta: it reads a buffer on the meta device.
-        LookupError: it depends on the batch.
-    """
+def _value(
+    gm: fx.GraphModule, ctx: PassContext, node: fx.Node, value: Callable[[fx.Node], Any], batch: Any, samples: int
+) -> Any:
+    """Return what a node of indices, or of a selection, is on the CPU for a batch of so many samples."""
     if node.op in ("placeholder", "get_attr"):
         tensor = (
             ctx.parameters[node.name] if node.op == "placeholder" else torch_internals.attribute(gm, str(node.target))
         )
         if tensor.is_meta:
-            raise _OnMeta
+            raise OnMeta
         return tensor.detach().cpu()
     size = node.meta.get("val")
     if isinstance(size, torch.SymInt):
-        if torch_internals.canonical_expression(size) != samples:
+        if torch_internals.canonical_expression(size) != batch:
             raise LookupError(node.name)
-        return 1
+        return samples
     if isinstance(size, torch.Tensor) and math.prod(int(s) for s in size.shape if isinstance(s, int)) > 1 << 24:
         raise LookupError(node.name)
-    args = fx.map_arg(node.args, value)
-    kwargs = {key: part for key, part in fx.map_arg(node.kwargs, value).items() if key != "device"}
+    cpu = torch.device("cpu")
+    args = fx.node.map_aggregate(fx.map_arg(node.args, value), lambda a: cpu if isinstance(a, torch.device) else a)
+    kwargs = {key: cpu if key == "device" else part for key, part in fx.map_arg(node.kwargs, value).items()}
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-
-# Without a GPU kernels run in Triton's interpreter, which has to be asked for before a kernel is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import fx, nn
-
-# Asked for before a kernel is imported; see tests/kernels/conftest.py.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dmt_compile import pipeline
 from dmt_compile.config import Options
