@@ -1,4 +1,4 @@
-"""What holds for every test: which run on this machine, Triton without a GPU, hypothesis without chance or deadlines."""
+"""What holds for every test: which run on this machine, Triton without a GPU, hypothesis without chance."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """Packed rows in Triton: one pass over memory, and the bits of ``reference.py``.
 
-What a GPU or the interpreter may round in its own way is computed on the bits of float32 numbers: bfloat16, which NaN,
-and e4m3, which sm_80 has no instruction for and gfx942 has in another encoding. Kernels are compiled without
-contraction of products and sums. Elements of 16 bits are read and written as int16.
+Kernels are compiled without contraction of products and sums. Elements of 16 bits are read and written as int16.
 
 Shape suffixes: N rows, W columns, P elements of a packed row; in kernels N rows and W columns of one program's tile.
 """
@@ -19,77 +17,14 @@ import triton
 import triton.language as tl
 
 from dmt_compile.kernels.pack_rows.reference import CASTS, SCALE_BYTES, SCALED, SMALLEST_SCALE, packed_dtype
+from dmt_compile.kernels.pack_rows.triton_elements import INFINITY, MAGNITUDE, NAN, decode, encode, load, store
 from dmt_compile.kernels.triton_support import AheadCase
 
-_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
-_INFINITY = tl.constexpr(0x7F800000)
-_NAN = tl.constexpr(0x7FC00000)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 _SCALE_BYTES = tl.constexpr(SCALE_BYTES)
 _TILE = 4096  # elements of a program: 32 of a thread
 _WIDEST = 8192  # columns of a row that is read once; a wider one is read again, from a cache
 _OPTIONS = {"enable_fp_fusion": False}
-
-
-@triton.jit
-def _load(pointers, mask, TYPE: tl.constexpr):
-    """Return elements as float32."""
-    values = tl.load(pointers, mask=mask, other=0)
-    if TYPE == "bfloat16":  # the upper half of a float32
-        values = (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif TYPE == "float16":
-        values = values.to(tl.float16, bitcast=True).to(tl.float32)
-    return values
-
-
-@triton.jit
-def _store(pointers, values, mask, TYPE: tl.constexpr):
-    """Store float32 values in a type; there is one NaN, and what is finite stays so in float16."""
-    bits = values.to(tl.int32, bitcast=True)
-    bits = tl.where((bits & _MAGNITUDE) > _INFINITY, _NAN, bits)
-    if TYPE == "bfloat16":
-        # No carry reaches the sign: infinity and the NaN have no bits to round.
-        tl.store(pointers, ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16), mask=mask)
-    elif TYPE == "float16":
-        bounded = tl.minimum(tl.maximum(values, -65504.0), 65504.0)
-        halves = tl.where((bits & _MAGNITUDE) == _INFINITY, values, bounded).to(tl.float16)
-        halves_bits = tl.where(bits == _NAN, 0x7E00, halves.to(tl.int16, bitcast=True))
-        tl.store(pointers, halves_bits.to(tl.int16), mask=mask)
-    else:
-        tl.store(pointers, bits.to(tl.float32, bitcast=True), mask=mask)
-
-
-@triton.jit
-def _encode(values, FORM: tl.constexpr):
-    """Return float32 values of at most 448 as e4m3 bytes, or of at most 127 as int8 bytes, in int32.
-
-    Adding a power of two rounds to the last bit that its sum can hold: a unit, or 2^-9, the step of e4m3's subnormals.
-    """
-    bits = values.to(tl.int32, bitcast=True)
-    magnitude_bits = bits & _MAGNITUDE
-    magnitude = magnitude_bits.to(tl.float32, bitcast=True)
-    if FORM == "int8":
-        whole = (magnitude + 8388608.0).to(tl.int32, bitcast=True) & 0x7F
-        code = tl.where(bits < 0, -whole, whole) & 0xFF
-    else:
-        # Three bits of the mantissa stay, and the exponent counts from -7 instead of -127.
-        normal = ((magnitude_bits + 0x7FFFF + ((magnitude_bits >> 20) & 1)) >> 20) - (120 << 3)
-        subnormal = (magnitude + 16384.0).to(tl.int32, bitcast=True) & 0xFF
-        code = tl.where(magnitude_bits < (121 << 23), subnormal, normal) | ((bits >> 24) & 0x80)
-    return code
-
-
-@triton.jit
-def _decode(codes, FORM: tl.constexpr):
-    """Return the values of bytes as float32."""
-    if FORM == "int8":
-        values = codes.to(tl.int8, bitcast=True).to(tl.float32)
-    else:
-        wide = codes.to(tl.int32)
-        # With its bits in the place of a float16's, e4m3 is 2^-8 of itself, subnormals too.
-        halves = ((wide & 0x7F) << 7 | (wide & 0x80) << 8).to(tl.int16).to(tl.float16, bitcast=True)
-        values = halves.to(tl.float32) * 256.0
-    return values
 
 
 @triton.jit
@@ -106,33 +41,33 @@ def _pack_kernel(
     # Bits of magnitudes stand in the order of magnitudes, with infinity and NaN above all.
     if WHOLE:
         mask_NW = there_N1 & (column_W < width)[None, :]
-        values_NW = _load(from_N1 + column_W[None, :] * column_stride, mask_NW, TYPE)
-        top_N = tl.max(values_NW.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=1)
+        values_NW = load(from_N1 + column_W[None, :] * column_stride, mask_NW, TYPE)
+        top_N = tl.max(values_NW.to(tl.int32, bitcast=True) & MAGNITUDE, axis=1)
     else:
         top_NW = tl.zeros((BLOCK_N, BLOCK_W), tl.int32)
         for start in range(0, width, BLOCK_W):
             mask_NW = there_N1 & (start + column_W < width)[None, :]
-            values_NW = _load(from_N1 + (start + column_W)[None, :] * column_stride, mask_NW, TYPE)
-            top_NW = tl.maximum(top_NW, values_NW.to(tl.int32, bitcast=True) & _MAGNITUDE)
+            values_NW = load(from_N1 + (start + column_W)[None, :] * column_stride, mask_NW, TYPE)
+            top_NW = tl.maximum(top_NW, values_NW.to(tl.int32, bitcast=True) & MAGNITUDE)
         top_N = tl.max(top_NW, axis=1)
-    finite_N = top_N < _INFINITY
+    finite_N = top_N < INFINITY
     scale_N = tl.where(finite_N, top_N, 0).to(tl.float32, bitcast=True) * reciprocal
     used_N = scale_N >= _SMALLEST_SCALE
     factor_N = tl.div_rn(1.0, tl.where(used_N, scale_N, 1.0))
     scale_bits_N = tl.where(used_N, scale_N, 0.0).to(tl.int32, bitcast=True)
-    scale_bits_N = tl.where(finite_N, scale_bits_N, _NAN)
+    scale_bits_N = tl.where(finite_N, scale_bits_N, NAN)
     for byte in tl.static_range(_SCALE_BYTES):
         tl.store(out_N + byte, (scale_bits_N >> (8 * byte)).to(tl.uint8), mask=row_N < count)
     to_N1 = (out_N + _SCALE_BYTES)[:, None]
     if WHOLE:
         scaled_NW = tl.where(used_N[:, None], values_NW * factor_N[:, None], 0.0)
-        tl.store(to_N1 + column_W[None, :], _encode(scaled_NW, FORM).to(tl.uint8), mask=mask_NW)
+        tl.store(to_N1 + column_W[None, :], encode(scaled_NW, FORM).to(tl.uint8), mask=mask_NW)
     else:
         for start in range(0, width, BLOCK_W):
             mask_NW = there_N1 & (start + column_W < width)[None, :]
-            values_NW = _load(from_N1 + (start + column_W)[None, :] * column_stride, mask_NW, TYPE)
+            values_NW = load(from_N1 + (start + column_W)[None, :] * column_stride, mask_NW, TYPE)
             scaled_NW = tl.where(used_N[:, None], values_NW * factor_N[:, None], 0.0)
-            tl.store(to_N1 + (start + column_W)[None, :], _encode(scaled_NW, FORM).to(tl.uint8), mask=mask_NW)
+            tl.store(to_N1 + (start + column_W)[None, :], encode(scaled_NW, FORM).to(tl.uint8), mask=mask_NW)
 
 
 @triton.jit
@@ -149,8 +84,8 @@ def _unpack_kernel(
         scale_bits_N |= tl.load(from_N + byte * column_stride, row_N < count, 0).to(tl.int32) << (8 * byte)
     mask_NW = (row_N < count)[:, None] & (column_W < width)[None, :]
     from_NW = from_N[:, None] + (column_W + _SCALE_BYTES)[None, :] * column_stride
-    values_NW = _decode(tl.load(from_NW, mask_NW, 0), FORM) * scale_bits_N.to(tl.float32, bitcast=True)[:, None]
-    _store(out + row_N[:, None] * out_stride + column_W[None, :], values_NW, mask_NW, TYPE)
+    values_NW = decode(tl.load(from_NW, mask_NW, 0), FORM) * scale_bits_N.to(tl.float32, bitcast=True)[:, None]
+    store(out + row_N[:, None] * out_stride + column_W[None, :], values_NW, mask_NW, TYPE)
 
 
 @triton.jit
@@ -162,8 +97,8 @@ def _cast_kernel(
     row_N = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_W = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)
     mask_NW = (row_N < count)[:, None] & (column_W < width)[None, :]
-    values_NW = _load(rows + row_N[:, None] * row_stride + column_W[None, :] * column_stride, mask_NW, FROM)
-    _store(out + row_N[:, None] * out_stride + column_W[None, :], values_NW, mask_NW, TO)
+    values_NW = load(rows + row_N[:, None] * row_stride + column_W[None, :] * column_stride, mask_NW, FROM)
+    store(out + row_N[:, None] * out_stride + column_W[None, :], values_NW, mask_NW, TO)
 
 
 def pack_rows(rows_NW: torch.Tensor, form: str) -> torch.Tensor:
