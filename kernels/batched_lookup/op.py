@@ -15,6 +15,7 @@ import torch
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.kernels.batched_lookup import fbgemm
 from dmt_compile.kernels.batched_lookup.reference import Pooling, width_of
+from dmt_compile.kernels.batched_lookup.support import supports
 from dmt_compile.kernels.choice import REFERENCE
 from dmt_compile.runtime import in_backward
 from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse
@@ -22,7 +23,7 @@ from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse
 __all__ = ["KERNELS", "Pooling", "batched_lookup"]
 
 # Kernel -> why it cannot do some lookups together, ``None`` where it can; the fastest first.
-KERNELS = {"fbgemm": fbgemm.supports}
+KERNELS = {"triton": supports, "fbgemm": fbgemm.supports}
 
 _MODES = {"sum": 0, "mean": 1, "max": 2}
 _NO_TENSORS = 5  # arguments of the autograd node before weights and tables
@@ -37,6 +38,8 @@ def batched_lookup(
     bags: int,
     weights: Sequence[torch.Tensor | None] | None = None,
     kernel: str = REFERENCE,
+    out_dtype: torch.dtype | None = None,
+    out_rows_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the pooled features that this rank owns, side by side; ``reference.py`` defines the numbers.
 
@@ -49,14 +52,22 @@ def batched_lookup(
         weights: per feature (N,) factors of the rows of a sum, of the table's dtype, or ``None``; empty where another
             rank owns the table.
         kernel: one of ``KERNELS`` that has nothing against these lookups, or the reference.
+        out_dtype: of the result, such as that of the wire; by default the tables' promoted dtype.
+        out_rows_B: int64, a permutation: the result's row of each bag, such as its place among the samples of all
+            destinations; by default its number.
 
     Returns:
-        (B, W) of the tables' promoted dtype; width 0 on a rank that owns nothing. It takes part in the backward pass
+        (B, W) of ``out_dtype``; width 0 on a rank that owns nothing. It takes part in the backward pass
         wherever a table needs a gradient, on every rank alike, since the exchanges behind it do.
     """
     weights = [None] * len(tables) if weights is None else weights
+    if kernel == "triton":
+        from dmt_compile.kernels.batched_lookup import triton_op
+
+        return triton_op.batched_lookup(tables, ids, offsets, pooling, bags, weights, out_dtype, out_rows_B)
     out: torch.Tensor = _BatchedLookup.apply(tuple(ids), tuple(offsets), pooling, bags, kernel, *weights, *tables)  # type: ignore[no-untyped-call]
-    return out
+    out = out if out_dtype is None else out.to(out_dtype)
+    return out if out_rows_B is None else torch.empty_like(out).index_copy(0, out_rows_B, out)
 
 
 @dataclass
