@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test equivalence cluster-bench lint types wheel-check clean
+.PHONY: help demo test equivalence cluster-bench gpu lint types wheel-check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,12 @@ equivalence: $(VENV)/.dev-installed  ## Compare 5,000 random cases with the flat
 
 cluster-bench: $(VENV)/.dev-installed  ## As root: TorchRec, flat and dmt on emulated hosts; ARGS="--help" lists choices
 	@$(BIN)/python benchmarks/cluster_bench.py $(ARGS)
+
+# No environment is made for it: PyTorch, Triton, pytest and the rest are the GPU machine's own, from which often nothing
+# can be fetched. Name another Python where they are in it: make gpu PYTHON=.venv/bin/python. Where one folder alone comes
+# back from the machine: make gpu ARGS="--out $OUT --results $OUT/block.md"
+gpu:  ## On a machine with a GPU: its tests and benchmarks, 8 minutes, into benchmarks/RESULTS.md
+	@$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/.dev-installed  ## Check style and formatting
 	@$(BIN)/ruff check
