@@ -11,6 +11,7 @@ Shape suffixes: N ids of all features, T lanes of a program, D columns of a prog
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -36,6 +37,9 @@ from dmt_compile.kernels.batched_lookup.triton_fields import (
     sum_piece,
     sum_rows,
 )
+
+# Left alone, ptxas spills some bytes of ``sum_segments`` so that one more program fits.
+SEGMENT_OPTIONS = {} if torch.version.hip else {"maxnreg": 128}
 
 
 @triton.jit(do_not_specialize=CHANGING)

@@ -184,7 +184,7 @@ def _sum(
         )
     kernels.sum_segments[(triton.cdiv(segments, tile), chunks)](
         grad_BW, ids.starts, ids.rows, total, ids.order_N, **arrays, partials=partials, out=out,
-        first_segment=first_segment, **bounds, DENSE=dense, **types,
+        first_segment=first_segment, **bounds, DENSE=dense, **types, **kernels.SEGMENT_OPTIONS,
     )  # fmt: skip
 
 

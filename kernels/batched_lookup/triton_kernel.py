@@ -23,11 +23,13 @@ _COMMON = dict.fromkeys(_SIZES, "i32") | {
 }  # fmt: skip
 
 
-def _case(name: str, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> AheadCase:
+def _case(
+    name: str, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], options: Mapping[str, Any] = {}
+) -> AheadCase:  # fmt: skip
     signature = {a: (_COMMON | dict(types))[a] for a in kernel.arg_names if a not in constants}
     # A launch finds this out by itself: memory of PyTorch starts at multiples of more, and strides are widths.
     aligned = frozenset(a for a, kind in signature.items() if kind.startswith("*") or a.endswith("stride"))
-    return AheadCase(name, kernel, signature, constants, aligned - {"first_segment"})
+    return AheadCase(name, kernel, signature, constants, aligned - {"first_segment"}, options=options)
 
 
 def _forward(row: str, index: str, width: int, kind: str, joined: str, position: str = "i32") -> AheadCase:
@@ -68,7 +70,7 @@ def _segments(row: str, width: int, kind: str, position: str = "i32") -> AheadCa
         kernel, constants["DENSE"] = triton_backward.sum_segments, kind == "sum"
     name = f"segments-{kind}-{row}-{width}" + ("" if position == "i32" else f"-at-{position}")
     types = {"grad": f"*{row}", "out": f"*{row}", "starts": f"*{position}"}
-    return _case(name, kernel, types, constants)
+    return _case(name, kernel, types, constants, {} if kind == "pieces" else triton_backward.SEGMENT_OPTIONS)
 
 
 def _weights(row: str, index: str, width: int) -> AheadCase:
