@@ -58,7 +58,7 @@ def against(kernel: str, wanted: str, device: torch.device) -> str | None:
 
 
 def fails(kernel: str, attempt: Callable[[], object]) -> str | None:
-    """Return how a kernel fails on a small example, which also compiles it; ``None`` where it runs.
+    """Return how a kernel fails on a small example, which compiles what a step will need; ``None`` where it runs.
 
     A failure here is one of the compiler or the driver: it costs speed, not the run, and is logged.
     """

@@ -28,8 +28,8 @@ from dmt_compile.ir.pass_base import (
     name_of,
 )
 from dmt_compile.ir.stages import Effect, Stage
-from dmt_compile.kernels.choice import REFERENCE, against
-from dmt_compile.kernels.cross_layer.op import supports
+from dmt_compile.kernels.choice import REFERENCE, against, fails
+from dmt_compile.kernels.cross_layer.op import supports, try_out
 
 _PRODUCTS = {"linear", "matmul", "mm", "addmm", "bmm", "einsum", "tensordot"}
 _MULTIPLY = {"mul", "multiply"}
@@ -130,6 +130,10 @@ def _tail(
         reason = against("triton", kernels, value.device) or supports(value.dtype, value.device)
         if reason is not None:
             return reason
+    width, out = shapes[0][-1], end.meta["val"]
+    reason = fails("triton", lambda: try_out(int(width), bias is not None, bias_last, out.dtype, out.device))
+    if reason is not None:
+        return reason
     return _Tail(x0, wx, bias, x, bias_last, end)
 
 

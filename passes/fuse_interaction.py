@@ -21,8 +21,8 @@ from dmt_compile.ir.constant_ops import check_constant, digest_of
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, erase_unused, name_of
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.ir.triangles import NoTriangle, Triangle, find_triangle, is_written, own_product
-from dmt_compile.kernels.choice import REFERENCE, against
-from dmt_compile.kernels.dot_interaction.op import allows_tf32, supports
+from dmt_compile.kernels.choice import REFERENCE, against, fails
+from dmt_compile.kernels.dot_interaction.op import allows_tf32, supports, try_out
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,12 @@ class FuseInteraction(Pass):
         reason = against("triton", self.kernels, value.device) or supports(value, None)
         if reason is not None:
             raise NoTriangle(reason)
-        return find_triangle(gm, ctx, product, vectors)
+        found = find_triangle(gm, ctx, product, vectors)
+        count, width, how = int(value.shape[1]), int(value.shape[2]), (found.diagonal, found.upper)
+        reason = fails("triton", lambda: try_out(count, width, how, value.dtype, value.device))
+        if reason is not None:
+            raise NoTriangle(reason)
+        return found
 
     def _replace(self, gm: fx.GraphModule, ctx: PassContext, triangle: Triangle, checked: set[fx.Node]) -> None:
         selected = triangle.selected

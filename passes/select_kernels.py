@@ -8,7 +8,9 @@ here: one graph serves all. What dense regions hold is chosen where it is recogn
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import fx
@@ -18,7 +20,7 @@ from dmt_compile.ir import ops
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.kernels.batched_lookup import op as batched_lookup
-from dmt_compile.kernels.choice import REFERENCE, Choice, choose
+from dmt_compile.kernels.choice import REFERENCE, Choice, choose, fails
 from dmt_compile.kernels.pack_rows import op as pack_rows
 
 
@@ -54,17 +56,25 @@ class SelectKernels(Pass):
     def _lookup(self, node: fx.Node) -> Choice:
         values: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
         tables, ids, offsets, weights, pooling, _ = values
-        offered: dict[str, Any] = {
-            kernel: lambda refuse=refuse: refuse(tables, ids, offsets, tuple(pooling), weights)
-            for kernel, refuse in batched_lookup.KERNELS.items()
-        }
+        lookups = tables, ids, offsets, tuple(pooling), weights
+
+        def offer(kernel: str, refuse: Any) -> Callable[[], str | None]:
+            return lambda: refuse(*lookups) or fails(kernel, lambda: batched_lookup.try_out(kernel, *lookups))
+
+        offered = {kernel: offer(kernel, refuse) for kernel, refuse in batched_lookup.KERNELS.items()}
         return choose(self.kernels, node.meta["val"].device, offered)
 
     def _exchange(self, node: fx.Node) -> Choice | None:
         """Choose what packs the rows of an exchange; ``None`` where they travel as they are."""
         tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
         own = str(tensor.dtype).removeprefix("torch.")
-        forms = {str(form) for form in node.args[4:6]} - {own}
-        if not forms & set(pack_rows.FORMATS):
+        forms = ({str(form) for form in node.args[4:6]} - {own}) & set(pack_rows.FORMATS)
+        if not forms:
             return None
-        return choose(self.kernels, tensor.device, {"triton": lambda: pack_rows.supports(tensor.dtype, tensor.device)})
+
+        def refuse() -> str | None:
+            of = tensor.dtype, tensor.device
+            tried = (fails("triton", partial(pack_rows.try_out, form, 64, *of)) for form in sorted(forms))
+            return pack_rows.supports(*of) or next(filter(None, tried), None)
+
+        return choose(self.kernels, tensor.device, {"triton": refuse})

@@ -20,7 +20,7 @@ from dmt_compile.kernels.choice import REFERENCE
 from dmt_compile.runtime import in_backward
 from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse
 
-__all__ = ["KERNELS", "Pooling", "batched_lookup"]
+__all__ = ["KERNELS", "Pooling", "batched_lookup", "try_out"]
 
 # Kernel -> why it cannot do some lookups together, ``None`` where it can; the fastest first.
 KERNELS = {"triton": supports, "fbgemm": fbgemm.supports}
@@ -68,6 +68,29 @@ def batched_lookup(
     out: torch.Tensor = _BatchedLookup.apply(tuple(ids), tuple(offsets), pooling, bags, kernel, *weights, *tables)  # type: ignore[no-untyped-call]
     out = out if out_dtype is None else out.to(out_dtype)
     return out if out_rows_B is None else torch.empty_like(out).index_copy(0, out_rows_B, out)
+
+
+def try_out(
+    kernel: str,
+    tables: Sequence[torch.Tensor],
+    ids: Sequence[torch.Tensor | None],
+    offsets: Sequence[torch.Tensor | None],
+    pooling: Sequence[Pooling],
+    weights: Sequence[torch.Tensor | None],
+) -> None:
+    """Do one lookup of each kind among these, which may be fake, forward and backward: it compiles the kernels."""
+    kinds = {}
+    for table, id_, starts, how, factor in zip(tables, ids, offsets, pooling, weights, strict=True):
+        index = torch.int64 if id_ is None else id_.dtype
+        kind = table.dtype, width_of(table, how), index, starts is None, how.mode, how.sparse, factor is None
+        kinds[kind] = table.device
+    for (dtype, width, index, single, mode, sparse, plain), device in kinds.items():
+        with torch.enable_grad():
+            row = torch.zeros(1, width, dtype=dtype, device=device, requires_grad=True)
+            first = torch.zeros(1, dtype=index, device=device)
+            factors = None if plain else row.detach()[0, :1]
+            how = Pooling(mode, sparse)
+            batched_lookup([row], [first], [None if single else first], (how,), 1, [factors], kernel).sum().backward()
 
 
 @dataclass

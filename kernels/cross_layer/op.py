@@ -23,6 +23,13 @@ def supports(dtype: torch.dtype, device: torch.device) -> str | None:
     return triton_support.why_not(device)
 
 
+def try_out(width: int, bias: bool, bias_last: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """Compute one tail and its gradient by the Triton kernels, which compiles them."""
+    with torch.enable_grad():
+        x = torch.zeros(1, width, dtype=dtype, device=device, requires_grad=True)
+        cross_tail(x, x, x[0] if bias else None, x, bias_last, "triton").sum().backward()
+
+
 @torch.library.custom_op("dmt::cross_tail", mutates_args=())
 def cross_tail(
     x0: torch.Tensor,

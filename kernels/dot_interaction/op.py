@@ -59,6 +59,16 @@ def supports(vectors_BFD: torch.Tensor, leading_BE: torch.Tensor | None) -> str 
     return triton_support.why_not(vectors_BFD.device)
 
 
+def try_out(vectors: int, columns: int, how: tuple[bool, bool], dtype: torch.dtype, device: torch.device) -> None:
+    """Compute one sample's pairs and their gradient by the Triton kernels, which compiles them.
+
+    ``how`` is ``diagonal`` and ``upper``.
+    """
+    with torch.enable_grad():
+        one_BFD = torch.zeros(1, vectors, columns, dtype=dtype, device=device, requires_grad=True)
+        dot_interaction(one_BFD, None, *how, "triton", allows_tf32()).sum().backward()
+
+
 def allows_tf32() -> bool:
     """Tell whether PyTorch's own float32 matrix products on a GPU may use TF32 now."""
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

@@ -11,7 +11,7 @@ from dmt_compile.kernels import triton_support
 from dmt_compile.kernels.pack_rows import reference
 from dmt_compile.kernels.pack_rows.reference import FORMATS, packed_dtype, packed_width
 
-__all__ = ["FORMATS", "pack_rows", "packed_dtype", "packed_width", "supports", "unpack_rows"]
+__all__ = ["FORMATS", "pack_rows", "packed_dtype", "packed_width", "supports", "try_out", "unpack_rows"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,6 +21,12 @@ def supports(dtype: torch.dtype, device: torch.device) -> str | None:
     if dtype not in _DTYPES:
         return f"rows of {dtype}"
     return triton_support.why_not(device)
+
+
+def try_out(form: str, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Pack and unpack one row by the Triton kernels, which compiles them."""
+    packed = pack_rows(torch.zeros(1, width, dtype=dtype, device=device), form, "triton")
+    unpack_rows(packed, form, width, dtype, "triton")
 
 
 def pack_rows(rows_NW: torch.Tensor, form: str, kernel: str = "reference") -> torch.Tensor:

@@ -14,6 +14,7 @@ from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
 from dmt_compile.ir.pass_base import calls
 from dmt_compile.ir.stages import Effect
+from dmt_compile.kernels.batched_lookup import op as batched_lookup
 from dmt_compile.runtime.program import fingerprint
 from tests.models import DLRM, make_batch
 from tests.passes._harness import Captured, assert_compiled_is_eager, bags, capture, dlrm
@@ -82,6 +83,18 @@ def test_every_kernel_gives_the_flat_model(kernel: str, sparse: bool) -> None:
     batches = [make_batch(model, samples, generator) for samples in (7, 2, 1)]
     longest = 7 if kernel == "triton" else None
     assert_compiled_is_eager(model, *batches, longest_sum=longest, kernels=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["fbgemm", "triton"])
+def test_a_kernel_that_does_not_run_gives_way_with_its_reason(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(kernel: str, *lookups: Any) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(batched_lookup, "try_out", broken)
+    graph = dlrm(kernels=kernel)
+    report = graph.advance(NAME)
+    assert f"not {kernel}: it failed to compile: RuntimeError: no such instruction" in report.notes[0]
+    assert kernels_of(graph, ops.batched_lookup) == [None]
 
 
 def test_an_unknown_kernel_is_named() -> None:
