@@ -22,6 +22,7 @@ from dmt_compile.passes.compress_collectives import CompressCollectives
 from dmt_compile.passes.find_interaction import FindInteraction
 from dmt_compile.passes.find_tables import FindTables
 from dmt_compile.passes.fold_joins import FoldJoins
+from dmt_compile.passes.fold_permutes import FoldPermutes
 from dmt_compile.passes.fuse_cross import FuseCross
 from dmt_compile.passes.fuse_interaction import FuseInteraction
 from dmt_compile.passes.fuse_optimizers import FuseOptimizers
@@ -64,6 +65,7 @@ def passes_in_order(options: Options) -> tuple[Pass, ...]:
         FuseInteraction(options.kernels),  # after joins are folded, which gives the vectors their final form
         FuseCross(options.kernels),  # after joins are folded, so that it sees what regions will hold
         SelectKernels(options.kernels),  # after lookups and exchanges have their final arguments
+        FoldPermutes(),  # after kernels are chosen: only some write rows in any order
         CompileDenseRegions(options.dense_compiler),  # after all that rewrites the graph
         OverlapCollectives(),  # last: orders regions and exchanges
     )

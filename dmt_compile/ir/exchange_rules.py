@@ -48,7 +48,9 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     after += [gradient_ops.scale_gradient] if ctx.training else []
     for split in calls(gm, ops.split_features):
         behind = _behind(split.args[0], lambda node: node.target not in (ex.join_features, ops.batched_lookup))
-        found = [_step(node) for node in behind]
+        start: Any = behind[0].args[0] if behind else split.args[0]
+        folded = [ex.peer_permute] if start.kwargs.get("peer_order") else []
+        found = [*folded, *(_step(node) for node in behind)]
         routed = [node for node in behind if node.target in _ROUTED]
         route: Any = routed[-1].args[1] if routed else None
         for node in reversed(routed):

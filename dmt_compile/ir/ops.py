@@ -151,7 +151,7 @@ def lookup(
 
 
 def _fake_batched_lookup(
-    sizes: FreshSizes, tables: Any, ids: Any, offsets: Any, weights: Any, pooling: Any, route: Any, kernel: Any = None
+    sizes: FreshSizes, tables: Any, ids: Any, offsets: Any, weights: Any, pooling: Any, route: Any, **how: Any
 ) -> Any:
     dtype = functools.reduce(torch.promote_types, (table.dtype for table in tables))
     if route is None:
@@ -171,6 +171,7 @@ def batched_lookup(
     pooling: tuple[Pooling, ...],
     route: Route | None,
     kernel: str = REFERENCE,
+    peer_order: bool = False,
 ) -> torch.Tensor:
     """Look up all features that this rank owns and join them: (B or G, W).
 
@@ -182,13 +183,15 @@ def batched_lookup(
         pooling: of each feature.
         route: the step's route where features are spread over ranks.
         kernel: the implementation that ``select_kernels`` chose.
+        peer_order: rows as ``peer_permute`` would put them.
     """
+    order = route.places_in_peer_order(tables[0].device) if peer_order and route is not None else None
     if route is not None:
         bags = route.global_batch_size
     else:
         starts = ids[0] if offsets[0] is None else offsets[0]
         bags = 0 if starts is None else len(starts)
-    return batched.batched_lookup(tables, ids, offsets, tuple(pooling), bags, weights, kernel)
+    return batched.batched_lookup(tables, ids, offsets, tuple(pooling), bags, weights, kernel, out_rows_B=order)
 
 
 def _fake_split_features(sizes: FreshSizes, joined: Any, layout: Any, widths: Any = None) -> Any:

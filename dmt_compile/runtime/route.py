@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import NamedTuple, TypeVar
+
+import torch
 
 from dmt_compile.topology import Topology
 
@@ -205,6 +208,10 @@ class Route:
         topology = self.layout.topology
         return sum(self.batch_sizes[r] for r in range(local_rank, topology.world_size, topology.local_ranks))
 
+    def places_in_peer_order(self, device: torch.device) -> torch.Tensor:
+        """Return (G,) int64: where each row goes that ``peer_permute`` finds in the order of ranks."""
+        return _places(self.layout.topology, self.batch_sizes, device)
+
     def blocks(self, hop: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Return (rows, columns) of the blocks of a hop, to send and to receive, in the order of its group's ranks.
 
@@ -260,3 +267,11 @@ class Route:
         """Return the ids of each weighted feature of ``owner``, given those of all its features."""
         features = self.layout.features_by_rank[owner]
         return [count for feature, count in zip(features, counts, strict=True) if self.layout.weighted[feature]]
+
+
+@lru_cache(maxsize=16)
+def _places(topology: Topology, batch_sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    order = topology.peer_order()
+    starts = dict(zip(order, accumulate((batch_sizes[rank] for rank in order), initial=0), strict=False))
+    blocks = [torch.arange(starts[rank], starts[rank] + size) for rank, size in enumerate(batch_sizes)]
+    return torch.cat(blocks).to(device)
