@@ -90,21 +90,19 @@ def _numbers(row: str, index: str, keys: str) -> AheadCase:
 
 AHEAD: tuple[AheadCase, ...] = (
     *(_forward("fp32", "i64", width, "sum", "fp32") for width in (3, 16, 32, 64, 128, 256, 512)),
-    *(_forward("bf16", "i32", width, "sum", "bf16") for width in (16, 64, 128, 512)),
-    *(_forward(row, "i64", width, "none", row) for row in ("fp32", "bf16") for width in (16, 128, 512)),
+    *(_forward("bf16", "i32", width, "sum", "bf16") for width in (128, 512)),
+    *(_forward(row, "i64", width, "none", row) for row, width in (("fp32", 128), ("bf16", 16), ("bf16", 512))),
     _forward("fp32", "i64", 128, "sum", "bf16"),
     _forward("fp16", "i64", 64, "sum", "fp32"),
-    *(
-        _forward(row, "i64", 128, kind, row)
-        for row in ("fp32", "bf16")
-        for kind in ("mean", "weighted", "max", "pieces")
-    ),
+    *(_forward("fp32", "i64", 128, kind, "fp32") for kind in ("mean", "weighted", "max", "pieces")),
+    *(_forward("bf16", "i64", 128, kind, "bf16") for kind in ("weighted", "max")),
     *(_forward("fp32", "i32", width, kind, "fp32") for width in (16, 512) for kind in ("weighted", "max")),
-    *(_segments(row, 128, kind) for row in ("fp32", "bf16", "fp16") for kind in ("sum", "mean", "max", "pieces")),
-    *(_segments("fp32", width, kind) for width in (3, 16, 512) for kind in ("sum", "max")),
-    *(_forward("bf16", "i64", 128, kind, "bf16", "i64") for kind in ("none", "sum", "max", "pieces")),
-    *(_segments("bf16", 128, kind, "i64") for kind in ("max", "pieces")),
-    *(_weights(row, "i64", width) for row in ("fp32", "bf16") for width in (16, 128, 512)),
+    *(_segments("fp32", 128, kind) for kind in ("sum", "mean", "max", "pieces")),
+    *(_segments("bf16", 128, kind) for kind in ("sum", "max")),
+    *(_segments("fp32", width, kind) for width in (16, 512) for kind in ("sum", "max")),
+    *(_forward("bf16", "i64", 128, kind, "bf16", "i64") for kind in ("sum", "pieces")),
+    _segments("bf16", 128, "max", "i64"),
+    *(_weights(row, "i64", width) for row, width in (("fp32", 128), ("bf16", 512))),
     _numbers("fp32", "i64", "i32"),
     _numbers("bf16", "i32", "i64"),
     _case("segments", triton_backward.find_segments, {}, {"BLOCK": 1024, "POSITION": tl.int32}),
