@@ -19,6 +19,7 @@ from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import ops
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls
 from dmt_compile.ir.stages import Effect, Stage
+from dmt_compile.kernels.batched_lookup import fbgemm
 from dmt_compile.kernels.batched_lookup import op as batched_lookup
 from dmt_compile.kernels.choice import REFERENCE, Choice, choose, fails
 from dmt_compile.kernels.pack_rows import op as pack_rows
@@ -41,7 +42,7 @@ class SelectKernels(Pass):
         reordered = False
         notes: list[str] = []
         for node in calls(gm, ops.batched_lookup, ex.start_all_to_all):
-            choice = self._lookup(node) if node.target is ops.batched_lookup else self._exchange(node)
+            choice = self._lookup(node, ctx) if node.target is ops.batched_lookup else self._exchange(node)
             if choice is None:
                 continue
             chosen[choice.kernel] += 1
@@ -53,13 +54,16 @@ class SelectKernels(Pass):
         effect = Effect.REORDERED if reordered else Effect.EXACT
         return PassReport(changed, chosen.total(), effect=effect, notes=tuple(notes))
 
-    def _lookup(self, node: fx.Node) -> Choice:
+    def _lookup(self, node: fx.Node, ctx: PassContext) -> Choice:
         values: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
         tables, ids, offsets, weights, pooling, _ = values
         lookups = tables, ids, offsets, tuple(pooling), weights
 
         def offer(kernel: str, refuse: Any) -> Callable[[], str | None]:
-            return lambda: refuse(*lookups) or fails(kernel, lambda: batched_lookup.try_out(kernel, *lookups))
+            few = (
+                kernel == "fbgemm" and self.kernels == "auto" and fbgemm.too_few(len(tables) // ctx.topology.world_size)
+            )
+            return lambda: few or refuse(*lookups) or fails(kernel, lambda: batched_lookup.try_out(kernel, *lookups))
 
         offered = {kernel: offer(kernel, refuse) for kernel, refuse in batched_lookup.KERNELS.items()}
         return choose(self.kernels, node.meta["val"].device, offered)

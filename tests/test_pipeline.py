@@ -56,6 +56,7 @@ NOT_HERE = (
     "fold_joins",
     "fuse_interaction",
     "fuse_cross",
+    "select_kernels",
     "fold_permutes",
     "compress_collectives",
 )

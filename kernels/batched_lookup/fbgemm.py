@@ -19,6 +19,13 @@ import torch
 
 from dmt_compile.kernels.batched_lookup.reference import Pooling
 
+FEWEST = 16  # features of a rank from which one call is faster than theirs: benchmarks/cpu_lookup.py
+
+
+def too_few(features: int) -> str | None:
+    """Return why PyTorch's operator is as fast for so many features of a rank; ``None`` where it is not."""
+    return None if features >= FEWEST else f"{features} features a rank, it is faster from {FEWEST} on"
+
 
 def supports(
     tables: Sequence[torch.Tensor],

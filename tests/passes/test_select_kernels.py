@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from dmt_compile.ir import ops
 from dmt_compile.ir.pass_base import calls
 from dmt_compile.ir.stages import Effect
 from dmt_compile.kernels.batched_lookup import op as batched_lookup
+from dmt_compile.kernels.batched_lookup.fbgemm import FEWEST
 from dmt_compile.runtime.program import fingerprint
 from tests.models import DLRM, make_batch
 from tests.passes._harness import Captured, assert_compiled_is_eager, bags, capture, dlrm
@@ -26,8 +28,15 @@ def kernels_of(graph: Captured, target: Any) -> list[Any]:
     return [node.kwargs.get("kernel") for node in calls(graph.gm, target)]
 
 
-def test_fbgemm_looks_up_sums_of_float32_on_a_cpu() -> None:
-    graph = dlrm()
+@lru_cache
+def _many() -> Captured:
+    torch.manual_seed(0)
+    model = DLRM(rows=(3,) * FEWEST)
+    return capture(model, make_batch(model, 3, torch.Generator().manual_seed(0)))
+
+
+def test_fbgemm_looks_up_sums_of_float32_on_a_cpu_where_there_are_many() -> None:
+    graph = _many().on("1x1")
     report = graph.advance(NAME)
     assert (report.changed, report.matched, report.effect) == (True, 1, Effect.EXACT)
     assert kernels_of(graph, ops.batched_lookup) == ["fbgemm"]
@@ -35,9 +44,18 @@ def test_fbgemm_looks_up_sums_of_float32_on_a_cpu() -> None:
     assert note.startswith("batched_lookup: fbgemm; not triton: ")
 
 
+@pytest.mark.parametrize("topology", ["1x1", "2x1"])
+def test_few_tables_of_a_rank_are_left_to_pytorch(topology: str) -> None:
+    graph = dlrm() if topology == "1x1" else _many().on(topology)
+    report = graph.advance(NAME)
+    assert kernels_of(graph, ops.batched_lookup) == [None]
+    few = 3 if topology == "1x1" else FEWEST // 2
+    assert f"not fbgemm: {few} features a rank, it is faster from {FEWEST} on" in report.notes[0]
+
+
 def test_the_reference_where_fbgemm_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fbgemm_gpu", None)
-    graph = dlrm()
+    graph = dlrm(kernels="fbgemm")
     report = graph.advance(NAME)
     assert (report.changed, report.matched, report.effect) == (False, 1, Effect.EXACT)
     assert kernels_of(graph, ops.batched_lookup) == [None]
