@@ -90,6 +90,11 @@ def tile_of(block: int, kind: str = "sum") -> int:
     return max(min(_ELEMENTS[kind] // block, LONGEST_TILE), 2)
 
 
+def segment_tile_of(block: int) -> int:
+    """Return the segments of a program; Triton 3.6 cannot lay out 32 of them."""
+    return min(tile_of(block, "scaled"), 16)
+
+
 def vector_of(element_bytes: int, addresses: Sequence[int], elements: Sequence[int]) -> int:
     """Return how many elements a thread may load at once: as many as all addresses and distances are multiples of."""
     most = 16 // element_bytes

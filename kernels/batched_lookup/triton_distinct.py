@@ -16,7 +16,15 @@ import torch
 import triton
 
 from dmt_compile.kernels.batched_lookup import triton_backward as kernels
-from dmt_compile.kernels.batched_lookup.features import Feature, block_of, describe, piece_of, position_type, tile_of
+from dmt_compile.kernels.batched_lookup.features import (
+    Feature,
+    block_of,
+    describe,
+    piece_of,
+    position_type,
+    segment_tile_of,
+    tile_of,
+)
 from dmt_compile.kernels.batched_lookup.triton_look_up import TYPES, Kept, means_of, vector_for, winners_of
 
 _BLOCK = 1024
@@ -167,7 +175,7 @@ def _sum(
     """Sum the segments with keys from ``keys[0]`` to ``keys[1]``, all of one width and type, into ``out``."""
     total, width = len(ids.keys_N), out.shape[1]
     block = block_of(width)
-    chunks, tile = triton.cdiv(width, block), tile_of(block, "scaled")
+    chunks, tile = triton.cdiv(width, block), segment_tile_of(block)
     piece = piece_of(total) if piece is None else piece
     winner_columns, _ = winners_of(features)
     arrays = ids.per_id | {"winners": kept.winners_BX if any(f.mode == "max" for f in members) else None}

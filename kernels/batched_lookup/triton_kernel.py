@@ -8,7 +8,7 @@ from typing import Any
 import triton.language as tl
 
 from dmt_compile.kernels.batched_lookup import triton_backward, triton_forward
-from dmt_compile.kernels.batched_lookup.features import block_of, tile_of
+from dmt_compile.kernels.batched_lookup.features import block_of, segment_tile_of, tile_of
 from dmt_compile.kernels.triton_support import AheadCase
 
 _TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "i32": tl.int32, "i64": tl.int64}
@@ -56,7 +56,7 @@ def _segments(row: str, width: int, kind: str, position: str = "i32") -> AheadCa
     vector = 16 // (_TYPES[row].primitive_bitwidth // 8) if width % 16 == 0 else 1
     constants: dict[str, Any] = {
         "VECTOR": vector,
-        "T": tile_of(block, "scaled"),
+        "T": segment_tile_of(block),
         "D": block,
         "POSITION": _TYPES[position],
     }
