@@ -13,7 +13,7 @@ import torch
 from dmt_compile.errors import ConfigError, UnsupportedGraphError
 from dmt_compile.kernels.update_rows import reference
 from dmt_compile.kernels.update_rows.reference import Hyper
-from dmt_compile.runtime.tables import Block, ShardedTable, local_sparse
+from dmt_compile.runtime.tables import Block, ShardedTable, local_of, local_sparse
 
 __all__ = ["RowWiseAdagrad"]
 
@@ -94,7 +94,7 @@ class RowWiseAdagrad(torch.optim.Optimizer):
     def _step(self, group: dict[str, Any], table: torch.Tensor, grad: torch.Tensor) -> None:
         state = self.state_of(group, table)
         state["step"] += 1
-        local_RD, sums_R1 = _local(table), _local(state["sum"])
+        local_RD, sums_R1 = local_of(table), local_of(state["sum"])
         hyper = hyper_of(group, state)
         if grad.layout == torch.sparse_coo:
             grad = grad.coalesce()
@@ -103,7 +103,9 @@ class RowWiseAdagrad(torch.optim.Optimizer):
             reference.update_rows("row_wise_adagrad", local_RD, [sums_R1], rows_U, grads_UD, hyper)
         else:
             wide = reference.wide_type(local_RD)
-            new_RD, new_sums_R1 = reference.row_wise_adagrad(local_RD.to(wide), _local(grad).to(wide), [sums_R1], hyper)
+            new_RD, new_sums_R1 = reference.row_wise_adagrad(
+                local_RD.to(wide), local_of(grad).to(wide), [sums_R1], hyper
+            )
             rows_R = torch.arange(len(local_RD), device=local_RD.device)
             local_RD.copy_(reference.rounded(new_RD, local_RD.dtype, rows_R, hyper))
             sums_R1.copy_(new_sums_R1)
@@ -123,7 +125,7 @@ class RowWiseAdagrad(torch.optim.Optimizer):
             )
         state: dict[str, Any] = self.state[table]
         if not state:
-            local_RD = _local(table)
+            local_RD = local_of(table)
             wide = reference.wide_type(local_RD)
             sums_R1 = local_RD.new_full((len(local_RD), 1), group["initial_accumulator_value"], dtype=wide)
             state["step"] = 0
@@ -138,7 +140,7 @@ class RowWiseAdagrad(torch.optim.Optimizer):
         for key, table in zip(saved, tables, strict=True):
             state = state_dict["state"].get(key)
             if state:  # PyTorch has rounded the accumulators to the table's type
-                sums_R1 = state["sum"].to(table.device, reference.wide_type(_local(table)), copy=True)
+                sums_R1 = state["sum"].to(table.device, reference.wide_type(local_of(table)), copy=True)
                 self.state[table]["sum"] = _of_rows(sums_R1, table)
 
 
@@ -146,10 +148,6 @@ def hyper_of(group: Mapping[str, Any], state: Mapping[str, Any]) -> Hyper:
     """Return the numbers of a table's present step."""
     rounding, seed = group["stochastic_rounding"], group["seed"]
     return Hyper(float(group["lr"]), state["step"], group["eps"], stochastic_rounding=rounding, seed=seed)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.local if isinstance(tensor, ShardedTable) else tensor.detach()
 
 
 def _of_rows(sums: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from dmt_compile.kernels.batched_lookup.reference import Pooling
 from dmt_compile.kernels.update_rows import op as rows_op
 from dmt_compile.kernels.update_rows.op import Hyper
 from dmt_compile.optim import RowWiseAdagrad, hyper_of
-from dmt_compile.runtime.tables import ShardedTable
+from dmt_compile.runtime.tables import ShardedTable, local_of
 
 KINDS: Mapping[type[torch.optim.Optimizer], str] = {
     torch.optim.SGD: "sgd",
@@ -138,7 +138,7 @@ class Reading:
         summed = functools.reduce(lambda total, gradient: gradient + total, gradients).coalesce()
         kind = KINDS[type(optimizer)]
         states, hyper = _STATES[kind](optimizer, _group(optimizer, parameter), parameter)
-        locals_ = [_local(tensor) for tensor in (parameter, *states)]
+        locals_ = [local_of(tensor) for tensor in (parameter, *states)]
         kernel = kernel if kernel != "triton" or rows_op.supports(locals_[0], locals_[1:]) is None else "reference"
         rows_op.update_rows(kind, locals_[0], locals_[1:], summed.indices()[0], summed.values(), hyper, kernel)
 
@@ -186,10 +186,6 @@ def _refuse_more_gradient(parameter: torch.Tensor, optimizer: torch.optim.Optimi
 
 def _group(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, Any]:
     return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.local if isinstance(tensor, ShardedTable) else tensor.detach()
 
 
 def _sgd(optimizer: Any, group: dict[str, Any], parameter: torch.Tensor) -> tuple[list[torch.Tensor], Hyper]:

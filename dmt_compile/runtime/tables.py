@@ -261,6 +261,11 @@ def local_sparse(flat: torch.Tensor, block: Block) -> torch.Tensor:
     )
 
 
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the numbers that this rank has of a tensor, all of them where it is not sharded, outside autograd."""
+    return tensor.local if isinstance(tensor, ShardedTable) else tensor.detach()
+
+
 def flat_sparse(
     ids_N: torch.Tensor, values_NW: torch.Tensor, shape: torch.Size | tuple[int, ...], block: Block
 ) -> torch.Tensor:

@@ -5,6 +5,7 @@ Shape suffixes: B bags, N ids, D width of a feature, W sum of the owned features
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dmt_compile.kernels.batched_lookup.reference import Pooling, width_of
 from dmt_compile.kernels.batched_lookup.support import supports
 from dmt_compile.kernels.choice import REFERENCE
 from dmt_compile.runtime import in_backward
-from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse
+from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse, local_of
 
 __all__ = ["KERNELS", "Pooling", "batched_lookup", "try_out"]
 
@@ -120,10 +121,8 @@ class _BatchedLookup(torch.autograd.Function):
     ) -> torch.Tensor:
         weights, tables = tensors[: len(ids)], tensors[len(ids) :]
         owned = [feature for feature, feature_ids in enumerate(ids) if feature_ids is not None]
-        locals_ = [t.local if isinstance(t, ShardedTable) else t.detach() for t in tables]
-        dtype = locals_[0].dtype
-        for local in locals_[1:]:
-            dtype = torch.promote_types(dtype, local.dtype)
+        locals_ = [local_of(table) for table in tables]
+        dtype = functools.reduce(torch.promote_types, (local.dtype for local in locals_))
         width = sum(width_of(locals_[feature], pooling[feature]) for feature in owned)
         out_BW = locals_[0].new_empty(bags, width, dtype=dtype)
         lookups: list[_Lookup] = []
@@ -160,11 +159,7 @@ class _BatchedLookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise UnsupportedGraphError(
-                "batched_lookup: expected a first derivative, found create_graph=True: the gradients of lookups have "
-                "no gradient of their own; compute second derivatives with the eager model"
-            )
+        refuse_second_derivative()
         given: list[torch.Tensor | None] = [None] * ctx.inputs
         due = [reading for reading in dict.fromkeys(ctx.readings.values()) if reading.due()]
         of_fields: dict[Any, list[tuple[_Lookup, torch.Tensor]]] = defaultdict(list)
@@ -195,6 +190,15 @@ class _BatchedLookup(torch.autograd.Function):
             for index in of_table:
                 given[index] = None
         return *[None] * _NO_TENSORS, *given
+
+
+def refuse_second_derivative() -> None:
+    """Raise inside a backward pass that is itself to be differentiated."""
+    if torch.is_grad_enabled():
+        raise UnsupportedGraphError(
+            "batched_lookup: expected a first derivative, found create_graph=True: the gradients of lookups have "
+            "no gradient of their own; compute second derivatives with the eager model"
+        )
 
 
 def _local_ids(block: Block | None, ids: Any, offsets: Any, how: Pooling) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -5,6 +5,7 @@ Shape suffixes: B bags, W sum of the owned features' widths, U distinct rows of 
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,14 +13,13 @@ from typing import Any
 
 import torch
 
-from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.kernels.batched_lookup import op
 from dmt_compile.kernels.batched_lookup.features import Feature
 from dmt_compile.kernels.batched_lookup.reference import Pooling
 from dmt_compile.kernels.batched_lookup.triton_distinct import DistinctRows, Group, distinct_gradients, weight_gradients
 from dmt_compile.kernels.batched_lookup.triton_look_up import Kept, look_up
 from dmt_compile.runtime import in_backward
-from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse
+from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse, local_of
 
 
 def batched_lookup(
@@ -42,11 +42,9 @@ class _TritonLookup(torch.autograd.Function):
         recorded: bool, *tensors: Any,
     ) -> torch.Tensor:  # fmt: skip
         weights, tables = tensors[: len(ids)], tensors[len(ids) :]
-        locals_ = [t.local if isinstance(t, ShardedTable) else t.detach() for t in tables]
+        locals_ = [local_of(table) for table in tables]
         blocks = [t.block if isinstance(t, ShardedTable) else None for t in tables]
-        dtype = locals_[0].dtype
-        for local in locals_[1:]:
-            dtype = torch.promote_types(dtype, local.dtype)
+        dtype = functools.reduce(torch.promote_types, (local.dtype for local in locals_))
         owned = [index for index, feature_ids in enumerate(ids) if feature_ids is not None]
         features: list[Feature] = []
         width = 0
@@ -75,11 +73,7 @@ class _TritonLookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise UnsupportedGraphError(
-                "batched_lookup: expected a first derivative, found create_graph=True: the gradients of lookups have "
-                "no gradient of their own; compute second derivatives with the eager model"
-            )
+        op.refuse_second_derivative()
         given: list[torch.Tensor | None] = [None] * (2 * ctx.inputs)
         for index, dtype in ctx.elsewhere.items():
             given[index] = grads[0].new_empty(0, dtype=dtype)
