@@ -33,6 +33,7 @@ import dmt_compile
 from dmt_compile.tower_modules import INITS
 
 PARTITIONS = ("strided", "coherent:nid", "balanced", "diverse:nid", "coherent:cosine", "diverse:cosine")
+GRID = PARTITIONS[:4]
 STRATEGIES, SIGNALS = ("coherent", "diverse"), ("cosine", "nid", "archdetect")
 COMPRESSIONS = (2, 4, 8, 16)
 TOWERS = (2, 4, 8)
@@ -76,7 +77,8 @@ def variants(model: str, rows: str, features: int, dim: int) -> list[Variant]:
     ``"flat"``: no towers. ``"paper"``: the paper's modules, 4 strided towers, compression 4 and 2. ``"headline"``:
     those, and every partition where the module makes use of it. ``"signals"``: what the interactions of coherent and
     diverse towers are measured by, compression 4. ``"modules"``: kinds of module, initial values and steps, 4 strided
-    towers. ``"all"``: the headline, then every number of towers, one per feature too, and every compression.
+    towers. ``"all"``: the headline, then every number of towers, one per feature too, and every compression, with the
+    partitions of ``GRID``.
     """
     paper, best = ("each", "dot") if model == "dlrm" else ("cross", "cross")
 
@@ -100,7 +102,7 @@ def variants(model: str, rows: str, features: int, dim: int) -> list[Variant]:
         part += make(best, PARTITIONS, [4], HEADLINE)
     if rows == "all":
         # One tower a feature is the same under every partition, and has no products inside.
-        part += make(best, PARTITIONS, TOWERS, COMPRESSIONS)
+        part += make(best, GRID, TOWERS, COMPRESSIONS)
         part += make(paper, strided, [*TOWERS, features], COMPRESSIONS)
     return list({variant.key: variant for variant in part}.values())
 

@@ -21,6 +21,7 @@ from dmt_compile.passes.compile_dense_regions import CompileDenseRegions
 from dmt_compile.passes.compress_collectives import CompressCollectives
 from dmt_compile.passes.find_interaction import FindInteraction
 from dmt_compile.passes.find_tables import FindTables
+from dmt_compile.passes.fold_casts import FoldCasts
 from dmt_compile.passes.fold_joins import FoldJoins
 from dmt_compile.passes.fold_permutes import FoldPermutes
 from dmt_compile.passes.fuse_cross import FuseCross
@@ -66,6 +67,7 @@ def passes_in_order(options: Options) -> tuple[Pass, ...]:
         FuseCross(options.kernels),  # after joins are folded, so that it sees what regions will hold
         SelectKernels(options.kernels),  # after lookups and exchanges have their final arguments
         FoldPermutes(),  # after kernels are chosen: only some write rows in any order
+        FoldCasts(),  # after permutes are folded: what an exchange reads may then be a lookup
         CompileDenseRegions(options.dense_compiler),  # after all that rewrites the graph
         OverlapCollectives(),  # last: orders regions and exchanges
     )

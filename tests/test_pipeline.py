@@ -43,6 +43,7 @@ NAMES = [
     "fuse_cross",
     "select_kernels",
     "fold_permutes",
+    "fold_casts",
     "compile_dense_regions",
     "overlap_collectives",
 ]
@@ -58,6 +59,7 @@ NOT_HERE = (
     "fuse_cross",
     "select_kernels",
     "fold_permutes",
+    "fold_casts",
     "compress_collectives",
 )
 
@@ -92,7 +94,7 @@ def test_the_dense_compiler_reaches_its_pass() -> None:
 
 @pytest.mark.parametrize(
     ("until", "ran"),
-    [(Stage.CAPTURED, 4), (Stage.FLAT, 6), (Stage.TOWERED, 10), (Stage.DISTRIBUTED, 20), (Stage.LOWERED, 22)],
+    [(Stage.CAPTURED, 4), (Stage.FLAT, 6), (Stage.TOWERED, 10), (Stage.DISTRIBUTED, 21), (Stage.LOWERED, 23)],
 )
 def test_a_pipeline_stops_at_its_stage(until: Stage, ran: int) -> None:
     graph = dlrm("2x2")

@@ -28,14 +28,15 @@ class InFlight(NamedTuple):
     transfer: Transfer | None
 
 
-def _fake_start_all_to_all(sizes: FreshSizes, tensor: Any, *rest: Any, kernel: Any = None) -> Any:
-    return InFlight(requires_grad(tensor.new_empty(sizes.make()), tensor), None)
+def _fake_start_all_to_all(sizes: FreshSizes, tensor: Any, *rest: Any, dtype: Any = None, **how: Any) -> Any:
+    return InFlight(requires_grad(tensor.new_empty(sizes.make(), dtype=dtype or tensor.dtype), tensor), None)
 
 
 @operator(_fake_start_all_to_all, collective=True)
 def start_all_to_all(
-    tensor: torch.Tensor, route: Route, hop: str, group: str, forward: str, backward: str, kernel: str = REFERENCE
-) -> InFlight:
+    tensor: torch.Tensor, route: Route, hop: str, group: str, forward: str, backward: str, kernel: str = REFERENCE,
+    dtype: torch.dtype | None = None,
+) -> InFlight:  # fmt: skip
     """Start to exchange row blocks of ``tensor`` with the ranks of ``group``; gradients go back the same way.
 
     In the backward pass, this operator is where the gradients that ``wait_all_to_all`` started to send are waited for:
@@ -48,9 +49,10 @@ def start_all_to_all(
         group: ``world``, ``intra`` or ``peer``.
         forward, backward: the form on the wire: the tensor's element type, or a form of ``pack_rows``.
         kernel: the implementation of ``pack_rows`` that ``select_kernels`` chose.
+        dtype: of what arrives, where that is another than the tensor's.
     """
     send, receive = route.blocks(hop)
-    transfer = Transfer(runtime.current().world, send, receive, hop, group, (forward, backward), kernel)
+    transfer = Transfer(runtime.current().world, send, receive, hop, group, (forward, backward), kernel, dtype)
     if not tensor.requires_grad:
         return InFlight(transfer.start(tensor), transfer)
     return InFlight(_Start.apply(tensor.reshape(-1), transfer), transfer)  # type: ignore[no-untyped-call]

@@ -151,9 +151,10 @@ def lookup(
 
 
 def _fake_batched_lookup(
-    sizes: FreshSizes, tables: Any, ids: Any, offsets: Any, weights: Any, pooling: Any, route: Any, **how: Any
-) -> Any:
-    dtype = functools.reduce(torch.promote_types, (table.dtype for table in tables))
+    sizes: FreshSizes, tables: Any, ids: Any, offsets: Any, weights: Any, pooling: Any, route: Any,
+    out_dtype: Any = None, **how: Any,
+) -> Any:  # fmt: skip
+    dtype = out_dtype or functools.reduce(torch.promote_types, (table.dtype for table in tables))
     if route is None:
         bags = ids[0].shape[0] if offsets[0] is None else offsets[0].shape[0]
         width: Any = sum(width_of(table, how) for table, how in zip(tables, pooling, strict=True))
@@ -172,6 +173,7 @@ def batched_lookup(
     route: Route | None,
     kernel: str = REFERENCE,
     peer_order: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Look up all features that this rank owns and join them: (B or G, W).
 
@@ -184,6 +186,7 @@ def batched_lookup(
         route: the step's route where features are spread over ranks.
         kernel: the implementation that ``select_kernels`` chose.
         peer_order: rows as ``peer_permute`` would put them.
+        out_dtype: of the result, by default the tables'.
     """
     order = route.places_in_peer_order(tables[0].device) if peer_order and route is not None else None
     if route is not None:
@@ -191,7 +194,7 @@ def batched_lookup(
     else:
         starts = ids[0] if offsets[0] is None else offsets[0]
         bags = 0 if starts is None else len(starts)
-    return batched.batched_lookup(tables, ids, offsets, tuple(pooling), bags, weights, kernel, out_rows_B=order)
+    return batched.batched_lookup(tables, ids, offsets, tuple(pooling), bags, weights, kernel, out_dtype, order)
 
 
 def _fake_split_features(sizes: FreshSizes, joined: Any, layout: Any, widths: Any = None) -> Any:

@@ -208,7 +208,7 @@ class _LockstepProgram:
                     return [rank_args[0] for rank_args, _ in given]
                 operator = OPERATORS.get(node.target) if node.op == "call_function" else None
                 if operator is not None and operator.collective:
-                    results = self._collective(node.target, [rank_args for rank_args, _ in given])
+                    results = self._collective(node.target, [rank_args for rank_args, _ in given], node.kwargs)
                 else:
                     results = [self._call(node, *g, e) for g, e in zip(given, self._executions, strict=True)]
             for rank_values, result in zip(values, results, strict=True):
@@ -225,13 +225,13 @@ class _LockstepProgram:
         with executing(execution):
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _collective(self, target: Any, args: list[tuple[Any, ...]]) -> list[Any]:
+    def _collective(self, target: Any, args: list[tuple[Any, ...]], how: Mapping[str, Any]) -> list[Any]:
         if target is id_ops.exchange_headers:
             return self._headers(args)
         if target is ex.start_all_to_all:
             tensors, routes = zip(*(rank_args[:2] for rank_args in args), strict=True)
             _, _, hop, group, *forms = args[0]
-            transfer = _Transfer(self.topology, routes, group, hop, forms, self.ledger)
+            transfer = _Transfer(self.topology, routes, group, hop, forms, self.ledger, how.get("dtype"))
             received = _AllToAll.apply(transfer, *(tensor.reshape(-1) for tensor in tensors))  # type: ignore[no-untyped-call]
             return [ex.InFlight(tensor, None) for tensor in received]
         if target is ex.wait_all_to_all:
@@ -256,8 +256,9 @@ class _Transfer:
     """One all-to-all of all groups: which blocks each rank sends to each member of its group, in which form."""
 
     def __init__(
-        self, topology: Topology, routes: Sequence[Route], group: str, hop: str, forms: Sequence[str], ledger: Ledger
-    ) -> None:
+        self, topology: Topology, routes: Sequence[Route], group: str, hop: str, forms: Sequence[str], ledger: Ledger,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         ranks = range(topology.world_size)
         grouped = routes[0].layout.topology
         members = {
@@ -269,11 +270,15 @@ class _Transfer:
         }[group]
         self.members = [members(rank) for rank in ranks]
         self.blocks = [route.blocks(hop) for route in routes]
-        self.topology, self.hop, self.forms, self.ledger = topology, hop, forms, ledger
+        self.topology, self.hop, self.forms, self.ledger, self.dtype = topology, hop, forms, ledger, dtype
+        self.sent: torch.dtype | None = None
 
     def move(self, tensors: Sequence[torch.Tensor], backward: bool = False) -> list[torch.Tensor]:
         """Return what each rank receives, in the order of its group."""
         form, direction = self.forms[backward], "backward" if backward else "forward"
+        if not backward:
+            self.sent = tensors[0].dtype
+        dtype = (self.sent if backward else self.dtype) or tensors[0].dtype
         sent = [blocks[backward] for blocks in self.blocks]
         wires = [encode(tensor, blocks, form) for tensor, blocks in zip(tensors, sent, strict=True)]
         parts = [wire.split(wire_sizes(blocks, form)) for wire, blocks in zip(wires, sent, strict=True)]
@@ -283,7 +288,7 @@ class _Transfer:
         out = []
         for rank, members in enumerate(self.members):
             wire = torch.cat([parts[source][self.members[source].index(rank)] for source in members])
-            out.append(decode(wire, self.blocks[rank][not backward], form, tensors[rank].dtype))
+            out.append(decode(wire, self.blocks[rank][not backward], form, dtype))
         return out
 
 

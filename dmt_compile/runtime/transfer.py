@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dmt_compile.kernels.choice import REFERENCE
-from dmt_compile.kernels.pack_rows.op import FORMATS, pack_rows, packed_dtype, packed_width, unpack_rows
+from dmt_compile.kernels.pack_rows.op import CASTS, FORMATS, pack_rows, packed_dtype, packed_width, unpack_rows
 from dmt_compile.runtime.world import Pending, World
 
 Block = tuple[int, int]  # rows, columns
@@ -27,6 +27,8 @@ def encode(tensor: torch.Tensor, blocks: Sequence[Block], form: str, kernel: str
     flat = tensor.reshape(-1)
     if form not in FORMATS:
         return flat
+    if form in CASTS:  # element by element: the blocks need not be told apart
+        return pack_rows(flat[None], form, kernel)[0]
     parts = flat.split([rows * width for rows, width in blocks])
     packed = [
         pack_rows(part.view(rows, width), form, kernel).view(-1)
@@ -41,6 +43,8 @@ def decode(
     """Return what ``encode`` was given, 1-D, of type ``dtype``."""
     if form not in FORMATS:
         return wire
+    if form in CASTS:
+        return unpack_rows(wire[None], form, len(wire), dtype, kernel)[0]
     parts = wire.split(wire_sizes(blocks, form))
     rows_of = [
         unpack_rows(part.view(rows, packed_width(width, form)), form, width, dtype, kernel).reshape(-1)
@@ -60,6 +64,7 @@ class Transfer:
         group: whose ranks take part.
         forms: on the wire, forward and backward; see :func:`encode`.
         kernel: what packs and unpacks rows.
+        dtype: of what arrives; by default of what was sent. Gradients come back in the type of what was sent.
     """
 
     world: World
@@ -69,6 +74,8 @@ class Transfer:
     group: str
     forms: tuple[str, str]
     kernel: str = REFERENCE
+    dtype: torch.dtype | None = None
+    _sent: torch.dtype | None = None
     _pending: list[tuple[Pending, list[Block], str, torch.dtype]] = field(default_factory=list)
 
     def start(self, tensor: torch.Tensor, backward: bool = False) -> torch.Tensor:
@@ -83,8 +90,11 @@ class Transfer:
             size = 1
         outgoing, incoming = ([size * n for n in wire_sizes(blocks, form)] for blocks in (send, receive))
         pending = self.world.start_all_to_all(wire, outgoing, incoming, self.group, self.hop, direction)
-        self._pending.append((pending, receive, form, tensor.dtype))
-        return tensor.new_empty(()).expand(sum(rows * width for rows, width in receive))
+        if not backward:
+            self._sent = tensor.dtype
+        dtype = (self._sent if backward else self.dtype) or tensor.dtype
+        self._pending.append((pending, receive, form, dtype))
+        return tensor.new_empty((), dtype=dtype).expand(sum(rows * width for rows, width in receive))
 
     def finish(self) -> torch.Tensor:
         """Wait for what was started last, and return what was received, 1-D."""

@@ -18,6 +18,7 @@ from dmt_compile.kernels.batched_lookup import fbgemm
 from dmt_compile.kernels.batched_lookup.reference import Pooling, width_of
 from dmt_compile.kernels.batched_lookup.support import supports
 from dmt_compile.kernels.choice import REFERENCE
+from dmt_compile.kernels.pack_rows.reference import cast
 from dmt_compile.runtime import in_backward
 from dmt_compile.runtime.tables import Block, ShardedTable, flat_sparse, local_of
 
@@ -27,7 +28,7 @@ __all__ = ["KERNELS", "Pooling", "batched_lookup", "try_out"]
 KERNELS = {"triton": supports, "fbgemm": fbgemm.supports}
 
 _MODES = {"sum": 0, "mean": 1, "max": 2}
-_NO_TENSORS = 5  # arguments of the autograd node before weights and tables
+_NO_TENSORS = 6  # arguments of the autograd node before weights and tables
 aten = torch.ops.aten
 
 
@@ -53,7 +54,8 @@ def batched_lookup(
         weights: per feature (N,) factors of the rows of a sum, of the table's dtype, or ``None``; empty where another
             rank owns the table.
         kernel: one of ``KERNELS`` that has nothing against these lookups, or the reference.
-        out_dtype: of the result, such as that of the wire; by default the tables' promoted dtype.
+        out_dtype: of the result, such as that of the wire, rounded as ``pack_rows`` does; by default the tables'
+            promoted dtype.
         out_rows_B: int64, a permutation: the result's row of each bag, such as its place among the samples of all
             destinations; by default its number.
 
@@ -66,8 +68,9 @@ def batched_lookup(
         from dmt_compile.kernels.batched_lookup import triton_op
 
         return triton_op.batched_lookup(tables, ids, offsets, pooling, bags, weights, out_dtype, out_rows_B)
-    out: torch.Tensor = _BatchedLookup.apply(tuple(ids), tuple(offsets), pooling, bags, kernel, *weights, *tables)  # type: ignore[no-untyped-call]
-    out = out if out_dtype is None else out.to(out_dtype)
+    out: torch.Tensor = _BatchedLookup.apply(  # type: ignore[no-untyped-call]
+        tuple(ids), tuple(offsets), pooling, bags, kernel, out_dtype, *weights, *tables
+    )
     return out if out_rows_B is None else torch.empty_like(out).index_copy(0, out_rows_B, out)
 
 
@@ -117,6 +120,7 @@ class _BatchedLookup(torch.autograd.Function):
         pooling: tuple[Pooling, ...],
         bags: int,
         kernel: str,
+        out_dtype: torch.dtype | None,
         *tensors: Any,
     ) -> torch.Tensor:
         weights, tables = tensors[: len(ids)], tensors[len(ids) :]
@@ -155,7 +159,7 @@ class _BatchedLookup(torch.autograd.Function):
         ctx.elsewhere = {i: w.dtype for i, w in enumerate(weights) if w is not None and ids[i] is None}
         ctx.fields = _fields(pooling, tables)
         ctx.readings = in_backward.read(tables, owned, pooling, ctx.needs_input_grad[_NO_TENSORS + len(ids) :])
-        return out_BW
+        return out_BW if out_dtype is None else cast(out_BW, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -133,7 +133,7 @@ def sum_bags(
             if counts is not None:
                 shown_T = (bag_T < bags) & (mean >= 0) & (tl.program_id(1) == 0)
                 tl.store(counts + mean * bags + bag_T, count_T, mask=shown_T)
-        _write(feature, out, out_stride, out_rows, sum_TD, bag_T, bags, column_D, shown_D, VECTOR)
+        _write(feature, out, out_stride, out_rows, sum_TD, bag_T, bags, column_D, shown_D, ROW, VECTOR)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -150,14 +150,17 @@ def copy_rows(
     if tl.program_id(1) * D < width:
         start_T, end_T = bounds(feature, bag_T, bags, ID, POSITION)
         row_TD, _ = read_rows(source_of(feature, ROW, ID, VECTOR), start_T, start_T < end_T, column_D, shown_D)
-        _write(feature, out, out_stride, out_rows, row_TD, bag_T, bags, column_D, shown_D, VECTOR)
+        _write(feature, out, out_stride, out_rows, row_TD, bag_T, bags, column_D, shown_D, ROW, VECTOR)
 
 
 @triton.jit
 def _write(
     feature, out, out_stride, out_rows, bag_TD, bag_T, bags, column_D,
-    shown_D, VECTOR: tl.constexpr,
+    shown_D, ROW: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
+    if out.dtype.element_ty == tl.float16 and tl.float16 != ROW:  # what is finite stays so, as in packed rows
+        bounded_TD = tl.minimum(tl.maximum(bag_TD, -65504.0, tl.PropagateNan.ALL), 65504.0, tl.PropagateNan.ALL)
+        bag_TD = tl.where(tl.abs(bag_TD) == float("inf"), bag_TD, bounded_TD)
     row_T = bag_T.to(tl.int64)
     if out_rows is not None:
         row_T = tl.load(out_rows + bag_T, mask=bag_T < bags, other=0)
@@ -218,7 +221,7 @@ def max_bags(
                     better_TD = better_TD & ((winner_TD < 0) | (most_D[None, :] > best_TD))
                     best_TD = tl.where(better_TD, most_D[None, :], best_TD)
                     winner_TD = tl.where(better_TD, first_D[None, :], winner_TD)
-        _write(feature, out, out_stride, out_rows, best_TD, bag_T, bags, column_D, shown_D, VECTOR)
+        _write(feature, out, out_stride, out_rows, best_TD, bag_T, bags, column_D, shown_D, ROW, VECTOR)
         if winners is not None:
             column = tl.multiple_of(tl.load(feature + WINNERS), VECTOR)
             start_T = tl.multiple_of(bag_T.to(tl.int64) * winner_stride, VECTOR) + column

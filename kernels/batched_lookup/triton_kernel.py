@@ -92,7 +92,7 @@ AHEAD: tuple[AheadCase, ...] = (
     *(_forward("fp32", "i64", width, "sum", "fp32") for width in (3, 16, 32, 64, 128, 256, 512)),
     *(_forward("bf16", "i32", width, "sum", "bf16") for width in (128, 512)),
     *(_forward(row, "i64", width, "none", row) for row, width in (("fp32", 128), ("bf16", 16), ("bf16", 512))),
-    _forward("fp32", "i64", 128, "sum", "bf16"),
+    *(_forward("fp32", "i64", 128, "sum", joined) for joined in ("bf16", "fp16")),
     _forward("fp16", "i64", 64, "sum", "fp32"),
     *(_forward("fp32", "i64", 128, kind, "fp32") for kind in ("mean", "weighted", "max", "pieces")),
     *(_forward("bf16", "i64", 128, kind, "bf16") for kind in ("weighted", "max")),

@@ -9,9 +9,9 @@ import torch
 
 from dmt_compile.kernels import triton_support
 from dmt_compile.kernels.pack_rows import reference
-from dmt_compile.kernels.pack_rows.reference import FORMATS, packed_dtype, packed_width
+from dmt_compile.kernels.pack_rows.reference import CASTS, FORMATS, packed_dtype, packed_width
 
-__all__ = ["FORMATS", "pack_rows", "packed_dtype", "packed_width", "supports", "try_out", "unpack_rows"]
+__all__ = ["CASTS", "FORMATS", "pack_rows", "packed_dtype", "packed_width", "supports", "try_out", "unpack_rows"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -28,6 +28,16 @@ def packed_dtype(form: str) -> torch.dtype:
     return CASTS.get(form, torch.uint8)
 
 
+def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return floating-point values, or bytes of no rows, in another type; float16 keeps finite what is finite."""
+    if dtype == values.dtype:
+        return values
+    if dtype is torch.float16:
+        values, largest = values.float(), torch.finfo(dtype).max  # the bound is no bfloat16
+        values = torch.where(values.isinf(), values, values.clamp(-largest, largest))
+    return values.to(dtype)
+
+
 def pack_rows(rows_NW: torch.Tensor, form: str) -> torch.Tensor:
     """Return rows in a narrower form.
 
@@ -43,7 +53,7 @@ def pack_rows(rows_NW: torch.Tensor, form: str) -> torch.Tensor:
     Cost: reads N W elements, writes N P.
     """
     if form in CASTS:
-        return _cast(rows_NW, CASTS[form]).contiguous()
+        return cast(rows_NW, CASTS[form]).contiguous()
     if not rows_NW.shape[1]:
         return rows_NW.new_empty(rows_NW.shape, dtype=torch.uint8)
     dtype, largest = SCALED[form]
@@ -63,17 +73,7 @@ def pack_rows(rows_NW: torch.Tensor, form: str) -> torch.Tensor:
 def unpack_rows(packed_NP: torch.Tensor, form: str, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Return the rows (N, W) of ``dtype`` that :func:`pack_rows` packed, as near as the form allows."""
     if form in CASTS or not width:
-        return _cast(packed_NP, dtype)
+        return cast(packed_NP, dtype)
     scale_N = packed_NP[:, :SCALE_BYTES].reshape(-1).view(torch.float32)
     values_NW = packed_NP[:, SCALE_BYTES:].reshape(-1).view(SCALED[form][0]).view(-1, width)
-    return _cast(values_NW.float() * scale_N[:, None], dtype)
-
-
-def _cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return floating-point values, or bytes of no rows, in another type; float16 keeps finite what is finite."""
-    if dtype == values.dtype:
-        return values
-    if dtype is torch.float16:
-        values, largest = values.float(), torch.finfo(dtype).max  # the bound is no bfloat16
-        values = torch.where(values.isinf(), values, values.clamp(-largest, largest))
-    return values.to(dtype)
+    return cast(values_NW.float() * scale_N[:, None], dtype)

@@ -288,7 +288,7 @@ def two_of_a_class(rank: int) -> list[int]:
     return [report.calls for report in reports]
 
 
-def compressed(rank: int, topology: str, comm_dtype: dict[str, Any]) -> dict[str, Any]:
+def compressed(rank: int, topology: str, options: dict[str, Any]) -> dict[str, Any]:
     """Run one step of real ranks, and on rank 0 the same step of simulated ranks; return both."""
     world = dist.get_world_size()
     torch.manual_seed(0)
@@ -296,7 +296,7 @@ def compressed(rank: int, topology: str, comm_dtype: dict[str, Any]) -> dict[str
     twin.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(3)
     batches = [make_batch(model, size, generator) for size in (3, 0, 2, 5)[:world]]
-    step_model = compiled(model, topology=topology, comm_dtype=comm_dtype)
+    step_model = compiled(model, topology=topology, **options)
     output = step_model(*batches[rank])
     output.sum().backward()
     report = dmt_compile.communication_report(step_model)
@@ -305,7 +305,7 @@ def compressed(rank: int, topology: str, comm_dtype: dict[str, Any]) -> dict[str
     assert "bytes across hosts" in str(report)
     assert dmt_compile.communication_report(step_model).bytes_sent == {}
     simulated = dmt_compile.SimulatedWorld(topology)
-    outputs = simulated.run(twin, batches, dense_compiler="eager", comm_dtype=comm_dtype)
+    outputs = simulated.run(twin, batches, dense_compiler="eager", **options)
     torch.cat(outputs).sum().backward()
     tables = [p.grad.local for p in model.emb.parameters() if p.grad is not None and p.grad.local.numel()]
     owned = [p.local.numel() > 0 for p in model.emb.parameters()]

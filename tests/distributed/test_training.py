@@ -251,11 +251,15 @@ def test_models_of_one_class_have_programs_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("topology", "comm_dtype"),
-    [("2x2", {"peer": ("float8", "bfloat16")}), ("4x1", {"peer": "int8"}), ("2x2", {"intra": "float16"})],
+    ("topology", "options"),
+    [
+        ("2x2", {"comm_dtype": {"peer": ("float8", "bfloat16")}}),
+        ("4x1", {"comm_dtype": {"peer": "int8"}}),
+        ("2x2", {"comm_dtype": {"intra": "float16"}, "kernels": "triton"}),  # lookups write what travels
+    ],
 )
-def test_real_ranks_send_what_simulated_ranks_send(topology: str, comm_dtype: dict[str, Any]) -> None:
-    results = values(run_ranks(scenarios.compressed, 4, topology, comm_dtype))
+def test_real_ranks_send_what_simulated_ranks_send(topology: str, options: dict[str, Any]) -> None:
+    results = values(run_ranks(scenarios.compressed, 4, topology, options))
     sent: dict[Any, int] = {}
     for result in results:
         assert result["output"]

@@ -240,6 +240,23 @@ def test_layout_and_type_of_the_next_exchange(device: torch.device, kernel: str)
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+@pytest.mark.parametrize("mode", ["sum", "max", "none"])
+def test_what_is_finite_stays_so_in_float16(device: torch.device, kernel: str, mode: str) -> None:
+    table = torch.tensor([[7e4, -1e38, 65504.0, 1.5, float("inf"), -float("inf"), float("nan")]], device=device)
+    ids = torch.zeros(1, dtype=torch.int64, device=device)
+    pooling = (Pooling(mode, False),)
+    offsets = None if mode == "none" else ids  # an id a bag needs none
+    out = batched_lookup([table], [ids], [offsets], pooling, 1, None, kernel, torch.float16)
+    expected = [65504.0, -65504.0, 65504.0, 1.5, float("inf"), -float("inf"), float("nan")]
+    torch.testing.assert_close(out, torch.tensor([expected], dtype=torch.float16, device=device), equal_nan=True)
+    if mode == "sum":  # a sum of float16 rows has the type's own bound
+        rows = torch.full((2, 3), 65504.0, dtype=torch.float16, device=device)
+        with np.errstate(over="ignore"):  # the interpreter computes with NumPy
+            of_two = batched_lookup([rows], [torch.arange(2, device=device)], [ids], pooling, 1, None, kernel)
+        assert of_two.isinf().all()
+
+
 def test_rows_of_several_types(device: torch.device) -> None:
     batch = Batch(device, 20)
     dtypes = [torch.bfloat16, torch.float32, torch.float16]
