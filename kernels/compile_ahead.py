@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs that need not be here, and tell what each takes of them.
 
 python -m dmt_compile.kernels.compile_ahead                # every kernel for every target
-python -m dmt_compile.kernels.compile_ahead --target sm_90 --json
+python -m dmt_compile.kernels.compile_ahead --target sm_90 --first --json
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,17 @@ def _of_amdgcn(asm: Mapping[str, Any], target: str) -> tuple[int, int]:
     return int(registers[0]), 4 * int(spilled[0])
 
 
+def _first(cases: Sequence[AheadCase]) -> list[AheadCase]:
+    """Return the first case of each kernel."""
+    return list({id(case.kernel): case for case in reversed(cases)}.values())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compile and print; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS))
     parser.add_argument("--operator", choices=operators(), nargs="+", default=list(operators()))
+    parser.add_argument("--first", action="store_true", help="compile only the first case of each kernel")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     if interpreted():
@@ -106,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     found = [
         compile_ahead(operator, case, target)
         for operator in args.operator
-        for case in cases_of(operator)
+        for case in (_first(cases_of(operator)) if args.first else cases_of(operator))
         for target in args.target
     ]
     if args.json:
