@@ -68,7 +68,7 @@ def lockstep(length_T, T: tl.constexpr):
 
 
 @triton.jit
-def _whole_pieces(start, end, first_piece, piece_bits):
+def whole_pieces(start, end, first_piece, piece_bits):
     """Return the first piece that lies whole between two positions, and how many do."""
     first = (start + (1 << piece_bits) - 1) >> piece_bits
     return first, tl.where(first_piece < 0, 0, tl.maximum((end >> piece_bits) - first, 0))
@@ -82,13 +82,13 @@ def sum_rows(
     """Return the sums (T, D) of the rows at positions from start to end, and the number (T,) of rows in each.
 
     A piece is 2^``piece_bits`` positions, the first a multiple of that. What lies whole in one bag was summed before,
-    into row ``first_piece`` and on of ``partials``; negative where nothing was.
+    into row ``first_piece`` and on of ``partials``; it is negative where nothing was, and they ``None`` where all are.
 
     Args:
         READ: function of (source, positions, which of them, columns, which of them): rows (T, D), which are real.
     """
     lane_T = tl.arange(0, T)
-    from_T, whole_T = _whole_pieces(start_T, end_T, first_piece, piece_bits)
+    from_T, whole_T = whole_pieces(start_T, end_T, first_piece, piece_bits)
     lone_T = end_T - start_T - (whole_T << piece_bits)  # positions outside whole pieces
     steps = lockstep(lone_T, T)
     sum_TD = tl.zeros([T, D], tl.float32)
@@ -104,7 +104,7 @@ def sum_rows(
             chosen_T = lane_T == lane
             start = tl.sum(tl.where(chosen_T, start_T, 0), axis=0)
             end = tl.sum(tl.where(chosen_T, end_T, 0), axis=0)
-            from_, whole = _whole_pieces(start, end, first_piece, piece_bits)
+            from_, whole = whole_pieces(start, end, first_piece, piece_bits)
             lone = end - start - (whole << piece_bits)
             if (lone > steps) | (whole > 0):
                 rest_TD = tl.zeros([T, D], tl.float32)
@@ -115,14 +115,15 @@ def sum_rows(
                     row_TD, real_T = READ(source, position_T, step + lane_T < lone, column_D, shown_D)
                     rest_TD += row_TD
                     rest_T += real_T.to(tl.int32)
-                for step in range(0, whole, T):
-                    more_T = step + lane_T < whole
-                    row_T = first_piece.to(tl.int64) + from_ + step + lane_T
-                    shown_TD = more_T[:, None] & shown_D[None, :]
-                    partial_TD = partials + row_T[:, None] * partial_stride + column_D[None, :]
-                    rest_TD += tl.load(partial_TD, mask=shown_TD, other=0.0)
-                    if partial_counts is not None:
-                        rest_T += tl.load(partial_counts + row_T, mask=more_T, other=0)
+                if partials is not None:
+                    for step in range(0, whole, T):
+                        more_T = step + lane_T < whole
+                        row_T = first_piece.to(tl.int64) + from_ + step + lane_T
+                        shown_TD = more_T[:, None] & shown_D[None, :]
+                        partial_TD = partials + row_T[:, None] * partial_stride + column_D[None, :]
+                        rest_TD += tl.load(partial_TD, mask=shown_TD, other=0.0)
+                        if partial_counts is not None:
+                            rest_T += tl.load(partial_counts + row_T, mask=more_T, other=0)
                 sum_TD += tl.where(chosen_T[:, None], tl.sum(rest_TD, axis=0)[None, :], 0.0)
                 count_T += tl.where(chosen_T, tl.sum(rest_T, axis=0), 0)
     return sum_TD, count_T

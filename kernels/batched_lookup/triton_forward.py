@@ -8,6 +8,7 @@ Shape suffixes: F features, B bags, N ids, T lanes of a program, D columns of a 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -32,9 +33,12 @@ from dmt_compile.kernels.batched_lookup.triton_fields import (
     lockstep,
     sum_piece,
     sum_rows,
+    whole_pieces,
 )
 
 _NONE: tl.constexpr = tl.constexpr(2**31 - 1)
+# Left alone, ptxas spills some bytes of ``max_bags`` with pieces so that one more program fits.
+PIECES_OPTIONS = {} if torch.version.hip else {"maxnreg": 96}
 
 
 @triton.jit
@@ -179,12 +183,64 @@ def _better(best_TD, winner_TD, source, start_T, step_T, active_T, column_D, sho
     return tl.where(better_TD, row_TD, best_TD), winner_TD
 
 
+@triton.jit
+def _first_best(best_TD, winner_TD):
+    """Return the maximum (D,) of all lanes and the first position that has it; ``_NONE`` where no lane has a row."""
+    most_D = tl.max(tl.where(winner_TD < 0, float("-inf"), best_TD), axis=0)
+    wins_TD = (winner_TD >= 0) & (best_TD == most_D[None, :])
+    return most_D, tl.min(tl.where(wins_TD, winner_TD, _NONE), axis=0)
+
+
+@triton.jit
+def _better_of(best_TD, winner_TD, other_TD, position_TD, real_TD):
+    """Return the greater of two maxima and its position; of equals the first."""
+    better_TD = (other_TD > best_TD) | ((other_TD == best_TD) & (position_TD < winner_TD))
+    better_TD = real_TD & ((winner_TD < 0) | better_TD)
+    return tl.where(better_TD, other_TD, best_TD), tl.where(better_TD, position_TD, winner_TD)
+
+
 @triton.jit(do_not_specialize=CHANGING)
-def max_bags(
-    meta, out, out_stride, out_rows, winners, winner_stride, bags, features,
+def max_pieces(
+    meta, partials, partial_winners, partial_stride, bags, halvings, piece_bits,
     ROW: tl.constexpr, ID: tl.constexpr, POSITION: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Write the maxima of the bags of all features of a launch and, for the gradient, who won: the first of equals."""
+    """Take the maximum of each piece of the ids of a feature that lies whole in one bag, and who won; -1 for no row."""
+    feature = meta + tl.program_id(1) * COUNT
+    first = tl.load(feature + PIECES)
+    width = tl.multiple_of(tl.load(feature + WIDTH), VECTOR)
+    start = tl.program_id(0).to(POSITION) << piece_bits
+    column_D = tl.program_id(2) * D + tl.arange(0, D)
+    if (first >= 0) & (start + (1 << piece_bits) <= tl.load(feature + NUMBER)) & (tl.program_id(2) * D < width):
+        bag_1 = bag_of(feature, start + tl.zeros([1], POSITION), bags, halvings, ID)
+        begin_1, end_1 = bounds(feature, bag_1, bags, ID, POSITION)
+        if tl.max(end_1, axis=0) >= start + (1 << piece_bits):
+            begin = tl.max(begin_1, axis=0)
+            shown_D = column_D < width
+            source = source_of(feature, ROW, ID, VECTOR)
+            lane_T = tl.arange(0, T)
+            best_TD = tl.zeros([T, D], tl.float32)
+            winner_TD = tl.full([T, D], -1, tl.int32)
+            for step in tl.range(0, 1 << piece_bits, T, loop_unroll_factor=2):
+                best_TD, winner_TD = _better(
+                    best_TD, winner_TD, source, begin, start - begin + step + lane_T,
+                    step + lane_T < (1 << piece_bits), column_D, shown_D,
+                )  # fmt: skip
+            most_D, first_D = _first_best(best_TD, winner_TD)
+            to_D = (first + tl.program_id(0)) * partial_stride + column_D
+            tl.store(partials + to_D, most_D, mask=shown_D)
+            tl.store(partial_winners + to_D, tl.where(first_D == _NONE, -1, first_D), mask=shown_D)
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def max_bags(
+    meta, out, out_stride, out_rows, winners, winner_stride, partials, partial_winners, partial_stride, bags, features,
+    piece_bits, ROW: tl.constexpr, ID: tl.constexpr, POSITION: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Write the maxima of the bags of all features of a launch and, for the gradient, who won: the first of equals.
+
+    Pieces that lie whole in one bag were looked at before, as in ``sum_rows``.
+    """
     feature = meta + (tl.program_id(0) % features) * COUNT
     width = tl.multiple_of(tl.load(feature + WIDTH), VECTOR)
     bag_T = tl.program_id(0) // features * T + tl.arange(0, T)
@@ -193,34 +249,45 @@ def max_bags(
     if tl.program_id(1) * D < width:
         start_T, end_T = bounds(feature, bag_T, bags, ID, POSITION)
         source = source_of(feature, ROW, ID, VECTOR)
-        length_T = end_T - start_T
-        steps = lockstep(length_T, T)
+        first_piece = tl.load(feature + PIECES).to(tl.int32)
+        from_T, whole_T = whole_pieces(start_T, end_T, first_piece, piece_bits)
+        lone_T = end_T - start_T - (whole_T << piece_bits)  # positions outside whole pieces
+        steps = lockstep(lone_T, T)
         lane_T = tl.arange(0, T)
         best_TD = tl.zeros([T, D], tl.float32)
         winner_TD = tl.full([T, D], -1, tl.int32)
         for step in range(steps):
-            best_TD, winner_TD = _better(
-                best_TD, winner_TD, source, start_T, step + 0 * lane_T, step < length_T, column_D, shown_D
-            )
-        if tl.max(length_T, axis=0) > steps:
+            at_T = step + tl.where(start_T + step >= from_T << piece_bits, whole_T << piece_bits, 0)
+            best_TD, winner_TD = _better(best_TD, winner_TD, source, start_T, at_T, step < lone_T, column_D, shown_D)
+        if (tl.max(lone_T, axis=0) > steps) | (tl.max(whole_T, axis=0) > 0):
             for lane in range(T):
                 chosen_T = lane_T == lane
-                length = tl.sum(tl.where(chosen_T, length_T, 0), axis=0)
-                if length > steps:
-                    start = tl.sum(tl.where(chosen_T, start_T, 0), axis=0)
+                start = tl.sum(tl.where(chosen_T, start_T, 0), axis=0)
+                end = tl.sum(tl.where(chosen_T, end_T, 0), axis=0)
+                from_, whole = whole_pieces(start, end, first_piece, piece_bits)
+                lone = end - start - (whole << piece_bits)
+                if (lone > steps) | (whole > 0):
                     rest_TD = tl.zeros([T, D], tl.float32)
                     first_TD = tl.full([T, D], -1, tl.int32)
-                    for step in range(steps, length, T):
+                    for step in range(steps, lone, T):
+                        at_T = step + lane_T
+                        at_T += tl.where(start + at_T >= from_ << piece_bits, whole << piece_bits, 0)
                         rest_TD, first_TD = _better(
-                            rest_TD, first_TD, source, start, step + lane_T, step + lane_T < length, column_D, shown_D
+                            rest_TD, first_TD, source, start, at_T, step + lane_T < lone, column_D, shown_D
                         )
-                    most_D = tl.max(tl.where(first_TD < 0, float("-inf"), rest_TD), axis=0)
-                    wins_TD = (first_TD >= 0) & (rest_TD == most_D[None, :])
-                    first_D = tl.min(tl.where(wins_TD, first_TD, _NONE), axis=0)
-                    better_TD = chosen_T[:, None] & (first_D != _NONE)[None, :]
-                    better_TD = better_TD & ((winner_TD < 0) | (most_D[None, :] > best_TD))
-                    best_TD = tl.where(better_TD, most_D[None, :], best_TD)
-                    winner_TD = tl.where(better_TD, first_D[None, :], winner_TD)
+                    if partials is not None:
+                        for step in range(0, whole, T):
+                            row_T = first_piece.to(tl.int64) + from_ + step + lane_T
+                            from_TD = row_T[:, None] * partial_stride + column_D[None, :]
+                            shown_TD = (step + lane_T < whole)[:, None] & shown_D[None, :]
+                            position_TD = tl.load(partial_winners + from_TD, mask=shown_TD, other=-1)
+                            piece_TD = tl.load(partials + from_TD, mask=shown_TD, other=0.0)
+                            rest_TD, first_TD = _better_of(rest_TD, first_TD, piece_TD, position_TD, position_TD >= 0)
+                    most_D, first_D = _first_best(rest_TD, first_TD)
+                    best_TD, winner_TD = _better_of(
+                        best_TD, winner_TD, most_D[None, :], first_D[None, :],
+                        chosen_T[:, None] & (first_D != _NONE)[None, :],
+                    )  # fmt: skip
         _write(feature, out, out_stride, out_rows, best_TD, bag_T, bags, column_D, shown_D, ROW, VECTOR)
         if winners is not None:
             column = tl.multiple_of(tl.load(feature + WINNERS), VECTOR)

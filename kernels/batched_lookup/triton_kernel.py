@@ -12,10 +12,12 @@ from dmt_compile.kernels.batched_lookup.features import block_of, segment_tile_o
 from dmt_compile.kernels.triton_support import AheadCase
 
 _TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "i32": tl.int32, "i64": tl.int64}
+_TILES = {"pieces": "sum", "pieces of max": "max", "mean": "scaled", "weighted": "scaled"}
 _SIZES = ("bags", "features", "piece_bits", "halvings", "number", "base", "end", "width", "nowhere")
 # Argument -> type, where it is the same in all uses.
 _COMMON = dict.fromkeys(_SIZES, "i32") | {
     "meta": "*i64", "out_rows": "*i64", "counts": "*i32", "partials": "*fp32", "partial_counts": "*i32",
+    "partial_winners": "*i32",
     "partial_stride": "i32", "out_stride": "i32", "winners": "*i32", "winner_stride": "i32", "grad_stride": "i32",
     "grad_rows": "*i64", "keys": "*i32", "slots": "*i64", "factors": "*fp32", "winner_slots": "*i64",
     "positions": "*i32", "segments": "*i32", "starts": "*i32", "rows": "*i64", "order": "*i64",
@@ -33,22 +35,29 @@ def _case(
 
 
 def _forward(row: str, index: str, width: int, kind: str, joined: str, position: str = "i32") -> AheadCase:
+    """Return a use of a forward kernel; where bags are ``long``, pieces of them were looked at before."""
+    name = f"{kind}-{row}-{index}-{width}-to-{joined}" + ("" if position == "i32" else f"-at-{position}")
+    kind, long = kind.removeprefix("long "), kind.startswith("long ")
     block = block_of(width)
     vector = 16 // (_TYPES[row].primitive_bitwidth // 8) if width % 16 == 0 else 1
-    tile = tile_of(block, {"pieces": "sum", "mean": "scaled", "weighted": "scaled"}.get(kind, kind))
-    constants = {"ROW": _TYPES[row], "ID": _TYPES[index], "VECTOR": vector, "T": tile, "D": block}
+    tile = tile_of(block, _TILES.get(kind, kind))
+    constants: dict[str, Any] = {"ROW": _TYPES[row], "ID": _TYPES[index], "VECTOR": vector, "T": tile, "D": block}
     constants["POSITION"] = _TYPES[position]
     kernel = {
         "none": triton_forward.copy_rows,
         "max": triton_forward.max_bags,
         "pieces": triton_forward.sum_pieces,
+        "pieces of max": triton_forward.max_pieces,
     }.get(kind, triton_forward.sum_bags)
-    if kind not in ("none", "max"):
+    if kind not in ("none", "max", "pieces of max"):
         constants["WEIGHTED"] = kind == "weighted"
     if kind in ("sum", "mean", "weighted"):
         constants["AVERAGED"] = kind == "mean"
-    name = f"{kind}-{row}-{index}-{width}-to-{joined}" + ("" if position == "i32" else f"-at-{position}")
-    return _case(name, kernel, {"out": f"*{joined}"}, constants)
+    if kind not in ("none", "pieces", "pieces of max") and not long:
+        beside = "partial_winners" if kind == "max" else "partial_counts"
+        constants |= {"partials": None, beside: None}
+    options = triton_forward.PIECES_OPTIONS if kind == "max" and long else {}
+    return _case(name, kernel, {"out": f"*{joined}"}, constants, options)
 
 
 def _segments(row: str, width: int, kind: str, position: str = "i32") -> AheadCase:
@@ -89,18 +98,19 @@ def _numbers(row: str, index: str, keys: str) -> AheadCase:
 
 
 AHEAD: tuple[AheadCase, ...] = (
-    *(_forward("fp32", "i64", width, "sum", "fp32") for width in (3, 16, 32, 64, 128, 256, 512)),
+    *(_forward("fp32", "i64", width, "sum", "fp32") for width in (128, 3, 16, 32, 64, 256, 512)),
     *(_forward("bf16", "i32", width, "sum", "bf16") for width in (128, 512)),
     *(_forward(row, "i64", width, "none", row) for row, width in (("fp32", 128), ("bf16", 16), ("bf16", 512))),
     *(_forward("fp32", "i64", 128, "sum", joined) for joined in ("bf16", "fp16")),
     _forward("fp16", "i64", 64, "sum", "fp32"),
-    *(_forward("fp32", "i64", 128, kind, "fp32") for kind in ("mean", "weighted", "max", "pieces")),
-    *(_forward("bf16", "i64", 128, kind, "bf16") for kind in ("weighted", "max")),
-    *(_forward("fp32", "i32", width, kind, "fp32") for width in (16, 512) for kind in ("weighted", "max")),
+    *(_forward("fp32", "i64", 128, kind, "fp32") for kind in ("mean", "weighted", "max", "pieces", "pieces of max")),
+    *(_forward("fp32", "i64", 128, f"long {kind}", "fp32") for kind in ("sum", "mean", "weighted", "max")),
+    *(_forward("bf16", "i64", 128, kind, "bf16") for kind in ("weighted", "max", "long max")),
+    *(_forward("fp32", "i32", width, kind, "fp32") for width in (16, 512) for kind in ("weighted", "max", "long max")),
     *(_segments("fp32", 128, kind) for kind in ("sum", "mean", "max", "pieces")),
     *(_segments("bf16", 128, kind) for kind in ("sum", "max")),
     *(_segments("fp32", width, kind) for width in (16, 512) for kind in ("sum", "max")),
-    *(_forward("bf16", "i64", 128, kind, "bf16", "i64") for kind in ("sum", "pieces")),
+    *(_forward("bf16", "i64", 128, kind, "bf16", "i64") for kind in ("long sum", "pieces")),
     _segments("bf16", 128, "max", "i64"),
     *(_weights(row, "i64", width) for row, width in (("fp32", 128), ("bf16", 512))),
     _numbers("fp32", "i64", "i32"),

@@ -110,30 +110,34 @@ def _launch(
         meta = describe(features, out_BW.device, skipped=skipped)
         kernels.copy_rows[grid](meta, out_BW, out_BW.stride(0), out_rows_B, bags, len(features), **types)
         return
-    if kind == "max":
-        meta = describe(features, out_BW.device, skipped=skipped, winners=[winner_columns[id(f)] for f in features])
-        stride = 0 if winners is None else winners.stride(0)
-        kernels.max_bags[grid](
-            meta, out_BW, out_BW.stride(0), out_rows_B, winners, stride, bags, len(features), **types
-        )
-        return
     piece = piece_of(max(len(f.ids) for f in features)) if piece is None else piece
     pieces = [len(f.ids) // piece if worth_splitting(f, bags, piece) else 0 for f in features]
     firsts = [sum(pieces[:index]) if number else -1 for index, number in enumerate(pieces)]
-    meta = describe(features, out_BW.device, skipped=skipped, pieces=firsts,
-                    mean=[means.get(id(f), -1) for f in features])  # fmt: skip
-    types["WEIGHTED"] = weighted
-    partials = counted = None
-    stride = max(f.width for f in features)
+    meta = describe(
+        features, out_BW.device, skipped=skipped, pieces=firsts, mean=[means.get(id(f), -1) for f in features],
+        winners=[winner_columns.get(id(f), 0) for f in features],
+    )  # fmt: skip
+    stride, bits = max(f.width for f in features), piece.bit_length() - 1
+    pieces_grid = (max(pieces), len(features), chunks)
+    partials = beside = None  # beside each partial sum how many rows it has, beside a maximum who won
     if any(pieces):
         partials = torch.empty(sum(pieces), stride, dtype=torch.float32, device=out_BW.device)
-        counted = torch.empty(sum(pieces), dtype=torch.int32, device=out_BW.device)
-        kernels.sum_pieces[(max(pieces), len(features), chunks)](
-            meta, partials, counted, stride, bags, bags.bit_length(), piece.bit_length() - 1, **types
-        )
+        shape = partials.shape if kind == "max" else partials.shape[:1]
+        beside = torch.empty(shape, dtype=torch.int32, device=out_BW.device)
+    if kind == "max":
+        if any(pieces):
+            kernels.max_pieces[pieces_grid](meta, partials, beside, stride, bags, bags.bit_length(), bits, **types)
+        kernels.max_bags[grid](
+            meta, out_BW, out_BW.stride(0), out_rows_B, winners, 0 if winners is None else winners.stride(0), partials,
+            beside, stride, bags, len(features), bits, **types, **(kernels.PIECES_OPTIONS if any(pieces) else {}),
+        )  # fmt: skip
+        return
+    types["WEIGHTED"] = weighted
+    if any(pieces):
+        kernels.sum_pieces[pieces_grid](meta, partials, beside, stride, bags, bags.bit_length(), bits, **types)
     kernels.sum_bags[grid](
-        meta, out_BW, out_BW.stride(0), out_rows_B, counts, partials, counted, stride, bags, len(features),
-        piece.bit_length() - 1, AVERAGED=averaged, **types,
+        meta, out_BW, out_BW.stride(0), out_rows_B, counts, partials, beside, stride, bags, len(features), bits,
+        AVERAGED=averaged, **types,
     )  # fmt: skip
 
 

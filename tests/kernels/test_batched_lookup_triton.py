@@ -141,7 +141,10 @@ def long_bags(device: torch.device, lengths: Sequence[int], rows: int, width: in
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("lengths", "rows"), [((3, 600, 0, 2, 700, 1), 3), ((1000,), 1000), ((1, 1, 1, 300, 1), 3)])
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [((3, 600, 0, 2, 700, 1), 3), ((1000,), 1000), ((1, 1, 1, 300, 1), 3), ((5, 2000, 30), 4)],
+)
 def test_bags_far_longer_than_others(device: torch.device, mode: str, lengths: tuple[int, ...], rows: int) -> None:
     """And of three rows, which occur far oftener than a piece is long."""
     batch = long_bags(device, lengths, rows)
