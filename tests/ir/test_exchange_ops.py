@@ -111,7 +111,7 @@ def comparing(seen: set[Callable[..., Any]]) -> Callable[[_LockstepProgram, Sequ
             if node.op == "placeholder":
                 results = [rank_args[position] for rank_args in args]
             elif node.target in OPERATORS and OPERATORS[node.target].collective:
-                results = program._collective(node.target, [rank_args for rank_args, _ in given_])
+                results = program._collective(node.target, [rank_args for rank_args, _ in given_], node.kwargs)
             else:
                 results = [program._call(node, *g, e) for g, e in zip(given_, program._executions, strict=True)]
             if node.target in OPERATORS:

@@ -118,8 +118,8 @@ def test_gradients_travel_while_the_bottom_layers_run_backward(monkeypatch: pyte
 
     collective = simulated_world._LockstepProgram._collective
 
-    def exchanged(self: Any, target: Any, args: Any) -> Any:
-        results = collective(self, target, args)
+    def exchanged(self: Any, target: Any, args: Any, how: Any) -> Any:
+        results = collective(self, target, args, how)
         if target is ex.start_all_to_all and args[0][2] == "peer":
             return [ex.InFlight(Start.apply(flight.stand_in), None) for flight in results]
         if target is ex.wait_all_to_all and results[0].requires_grad:
