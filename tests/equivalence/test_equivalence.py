@@ -19,7 +19,7 @@ from tests.equivalence.checks import Tally, check
 from tests.equivalence.models import Feature, Spec, Table
 from tests.equivalence.strategies import STEPS, Case, World, cases
 
-EXAMPLES = max(1, settings().max_examples // 16)  # about 26 cases each; `make equivalence` runs thousands
+EXAMPLES = max(1, settings().max_examples // 25)  # about 26 cases each; `make equivalence` runs thousands
 
 
 @pytest.fixture(autouse=True)
