@@ -1,6 +1,7 @@
 """Runs a function in several real ranks on gloo: one process each, results and errors brought back.
 
-Processes come from a fork server that has compiled once (``warm_ranks``): a run costs its own work, and no imports.
+Processes come from a fork server that has loaded torch and what a first compilation imports: a run costs its own work,
+and no imports.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from datetime import timedelta
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.warm_ranks"])
+_COMPILING = [
+    *("torch._dynamo.backends.debugging", "torch._dynamo.backends.distributed", "torch._functorch.aot_autograd"),
+    *("torch._inductor.codecache", "torch.export", "torch.distributed.tensor.experimental", "sympy.tensor.tensor"),
+]
+_context.set_forkserver_preload(["torch", "dmt_compile", "tests.models", *_COMPILING])
 
 
 @dataclass

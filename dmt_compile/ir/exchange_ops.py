@@ -52,7 +52,8 @@ def start_all_to_all(
         dtype: of what arrives, where that is another than the tensor's.
     """
     send, receive = route.blocks(hop)
-    transfer = Transfer(runtime.current().world, send, receive, hop, group, (forward, backward), kernel, dtype)
+    forms, dtypes = (forward, backward), (dtype or tensor.dtype, tensor.dtype)
+    transfer = Transfer(runtime.current().world, send, receive, hop, group, forms, dtypes, kernel)
     if not tensor.requires_grad:
         return InFlight(transfer.start(tensor), transfer)
     return InFlight(_Start.apply(tensor.reshape(-1), transfer), transfer)  # type: ignore[no-untyped-call]

@@ -231,7 +231,9 @@ class _LockstepProgram:
         if target is ex.start_all_to_all:
             tensors, routes = zip(*(rank_args[:2] for rank_args in args), strict=True)
             _, _, hop, group, *forms = args[0]
-            transfer = _Transfer(self.topology, routes, group, hop, forms, self.ledger, how.get("dtype"))
+            sent = tensors[0].dtype
+            dtypes = how.get("dtype") or sent, sent
+            transfer = _Transfer(self.topology, routes, group, hop, forms, dtypes, self.ledger)
             received = _AllToAll.apply(transfer, *(tensor.reshape(-1) for tensor in tensors))  # type: ignore[no-untyped-call]
             return [ex.InFlight(tensor, None) for tensor in received]
         if target is ex.wait_all_to_all:
@@ -256,8 +258,8 @@ class _Transfer:
     """One all-to-all of all groups: which blocks each rank sends to each member of its group, in which form."""
 
     def __init__(
-        self, topology: Topology, routes: Sequence[Route], group: str, hop: str, forms: Sequence[str], ledger: Ledger,
-        dtype: torch.dtype | None = None,
+        self, topology: Topology, routes: Sequence[Route], group: str, hop: str, forms: Sequence[str],
+        dtypes: tuple[torch.dtype, torch.dtype], ledger: Ledger,
     ) -> None:  # fmt: skip
         ranks = range(topology.world_size)
         grouped = routes[0].layout.topology
@@ -270,15 +272,11 @@ class _Transfer:
         }[group]
         self.members = [members(rank) for rank in ranks]
         self.blocks = [route.blocks(hop) for route in routes]
-        self.topology, self.hop, self.forms, self.ledger, self.dtype = topology, hop, forms, ledger, dtype
-        self.sent: torch.dtype | None = None
+        self.topology, self.hop, self.forms, self.dtypes, self.ledger = topology, hop, forms, dtypes, ledger
 
     def move(self, tensors: Sequence[torch.Tensor], backward: bool = False) -> list[torch.Tensor]:
         """Return what each rank receives, in the order of its group."""
         form, direction = self.forms[backward], "backward" if backward else "forward"
-        if not backward:
-            self.sent = tensors[0].dtype
-        dtype = (self.sent if backward else self.dtype) or tensors[0].dtype
         sent = [blocks[backward] for blocks in self.blocks]
         wires = [encode(tensor, blocks, form) for tensor, blocks in zip(tensors, sent, strict=True)]
         parts = [wire.split(wire_sizes(blocks, form)) for wire, blocks in zip(wires, sent, strict=True)]
@@ -288,7 +286,7 @@ class _Transfer:
         out = []
         for rank, members in enumerate(self.members):
             wire = torch.cat([parts[source][self.members[source].index(rank)] for source in members])
-            out.append(decode(wire, self.blocks[rank][not backward], form, dtype))
+            out.append(decode(wire, self.blocks[rank][not backward], form, self.dtypes[backward]))
         return out
 
 

@@ -63,8 +63,8 @@ class Transfer:
         hop: its name in errors and in the ledger.
         group: whose ranks take part.
         forms: on the wire, forward and backward; see :func:`encode`.
+        dtypes: of what arrives, forward and backward.
         kernel: what packs and unpacks rows.
-        dtype: of what arrives; by default of what was sent. Gradients come back in the type of what was sent.
     """
 
     world: World
@@ -73,9 +73,8 @@ class Transfer:
     hop: str
     group: str
     forms: tuple[str, str]
+    dtypes: tuple[torch.dtype, torch.dtype]
     kernel: str = REFERENCE
-    dtype: torch.dtype | None = None
-    _sent: torch.dtype | None = None
     _pending: list[tuple[Pending, list[Block], str, torch.dtype]] = field(default_factory=list)
 
     def start(self, tensor: torch.Tensor, backward: bool = False) -> torch.Tensor:
@@ -90,9 +89,7 @@ class Transfer:
             size = 1
         outgoing, incoming = ([size * n for n in wire_sizes(blocks, form)] for blocks in (send, receive))
         pending = self.world.start_all_to_all(wire, outgoing, incoming, self.group, self.hop, direction)
-        if not backward:
-            self._sent = tensor.dtype
-        dtype = (self._sent if backward else self.dtype) or tensor.dtype
+        dtype = self.dtypes[backward]
         self._pending.append((pending, receive, form, dtype))
         return tensor.new_empty((), dtype=dtype).expand(sum(rows * width for rows, width in receive))
 

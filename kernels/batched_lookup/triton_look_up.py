@@ -118,23 +118,23 @@ def _launch(
         winners=[winner_columns.get(id(f), 0) for f in features],
     )  # fmt: skip
     stride, bits = max(f.width for f in features), piece.bit_length() - 1
-    pieces_grid = (max(pieces), len(features), chunks)
+    if kind == "sum":
+        types["WEIGHTED"] = weighted
     partials = beside = None  # beside each partial sum how many rows it has, beside a maximum who won
     if any(pieces):
         partials = torch.empty(sum(pieces), stride, dtype=torch.float32, device=out_BW.device)
         shape = partials.shape if kind == "max" else partials.shape[:1]
         beside = torch.empty(shape, dtype=torch.int32, device=out_BW.device)
+        of_pieces: Any = kernels.max_pieces if kind == "max" else kernels.sum_pieces
+        of_pieces[(max(pieces), len(features), chunks)](
+            meta, partials, beside, stride, bags, bags.bit_length(), bits, **types
+        )
     if kind == "max":
-        if any(pieces):
-            kernels.max_pieces[pieces_grid](meta, partials, beside, stride, bags, bags.bit_length(), bits, **types)
         kernels.max_bags[grid](
             meta, out_BW, out_BW.stride(0), out_rows_B, winners, 0 if winners is None else winners.stride(0), partials,
             beside, stride, bags, len(features), bits, **types, **(kernels.PIECES_OPTIONS if any(pieces) else {}),
         )  # fmt: skip
         return
-    types["WEIGHTED"] = weighted
-    if any(pieces):
-        kernels.sum_pieces[pieces_grid](meta, partials, beside, stride, bags, bags.bit_length(), bits, **types)
     kernels.sum_bags[grid](
         meta, out_BW, out_BW.stride(0), out_rows_B, counts, partials, beside, stride, bags, len(features), bits,
         AVERAGED=averaged, **types,

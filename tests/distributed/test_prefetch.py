@@ -39,7 +39,7 @@ def test_a_faulty_batch_raises_when_it_is_used_on_all_ranks() -> None:
     assert "of rank 1's batch" in found[0][1]
 
 
-@pytest.mark.parametrize("fewer", [4])  # before anything was sent off
+@pytest.mark.parametrize("fewer", [1, 4])  # 4: before anything was sent off
 def test_a_loader_that_ends_early_is_a_named_error_on_the_others(fewer: int) -> None:
     outcomes = run_ranks(prefetching.loader_that_ends_early, 4, fewer)
     assert outcomes[1].value == "finished"

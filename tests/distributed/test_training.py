@@ -11,7 +11,7 @@ import torch
 from dmt_compile import Topology
 from tests._tolerances import FORWARD, GRADIENT
 from tests.distributed import scenarios
-from tests.passes.test_split_tables import PIECES
+from tests.passes.test_split_tables import PIECES, in_rows
 from tests.ranks import run_ranks, values
 
 LONGEST_SUM = 64  # ids of one row in a global batch, and the widest layer
@@ -165,7 +165,7 @@ ONLY_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("partition", "compared"), [(ONLY_ROWS, ["gradient"])])
+@pytest.mark.parametrize(("partition", "compared"), [(ONLY_ROWS, ["gradient"]), (in_rows(2), [])])
 def test_row_pieces_of_every_lookup_train_as_the_flat_model_s(partition: list[list[str]], compared: list[str]) -> None:
     results = values(run_ranks(partial(scenarios.train_every_lookup, partition=partition), 4, "2x2", False))
     for result in results:

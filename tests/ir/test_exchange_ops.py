@@ -341,7 +341,7 @@ def sptt(of_ranks: list[Route]) -> list[torch.Tensor]:
     if not layout.exchange.hosts:
         values = [ex.peer_permute(joined, route) for joined, route in zip(values, of_ranks, strict=True)]
     for hop in ("intra", "peer"):
-        transfer = _Transfer(topology, of_ranks, hop, hop, ("int64", "int64"), Ledger())
+        transfer = _Transfer(topology, of_ranks, hop, hop, ("int64", "int64"), (torch.int64, torch.int64), Ledger())
         moved = transfer.move([value.reshape(-1) for value in values])
         values = [ex.join_blocks(received, route, hop) for received, route in zip(moved, of_ranks, strict=True)]
     return [torch.cat(ops.split_features(joined_BW, layout), dim=1) for joined_BW in values]
@@ -437,7 +437,9 @@ def to_owners(of_ranks: list[Route], tensors: Sequence[torch.Tensor], what: str)
 
     def move(hop: str, group: str, sent: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         form = str(sent[0].dtype).removeprefix("torch.")
-        transfer = _Transfer(of_ranks[0].layout.topology, of_ranks, group, hop, (form, form), Ledger())
+        transfer = _Transfer(
+            of_ranks[0].layout.topology, of_ranks, group, hop, (form, form), (sent[0].dtype, sent[0].dtype), Ledger()
+        )
         return list(_AllToAll.apply(transfer, *sent))
 
     if not of_ranks[0].layout.exchange.hosts:

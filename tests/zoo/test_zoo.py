@@ -23,7 +23,7 @@ def assert_within_limits(differences: list[Difference]) -> None:
 
 @every_model
 def test_one_process_computes_what_eager_does_in_one_graph_for_all_shapes(entry: Entry) -> None:
-    alone = compare_alone(entry, shapes=6)
+    alone = compare_alone(entry, shapes=12)
     assert_within_limits(alone.differences)
     assert (alone.training_graphs, alone.evaluation_graphs) == (entry.graphs, entry.graphs)
 
