@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test equivalence cluster-bench gpu lint types wheel-check clean
+.PHONY: help demo test test-all equivalence cluster-bench gpu lint types wheel-check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -19,6 +19,9 @@ demo: $(VENV)/.demo-installed  ## Run the demo; ARGS are passed on to it
 
 test: $(VENV)/.dev-installed  ## Run the tests; ARGS are passed on to pytest
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/.dev-installed  ## Run the tests with their slow cases as well, half as long again
+	@$(BIN)/python -m pytest -m "" $(ARGS)
 
 equivalence: $(VENV)/.dev-installed  ## Compare 5,000 random cases with the flat model; ARGS="--cases 500 --seed 1"
 	@$(BIN)/python -m tests.equivalence.run $(ARGS)

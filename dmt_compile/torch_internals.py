@@ -364,6 +364,13 @@ def attribute(module: nn.Module, path: str) -> Any:
     return value
 
 
+def fake_mode() -> FakeTensorMode:
+    """Return a mode to derive values of symbolic sizes in, without the cache, which costs more there than it saves."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode.cache_enabled = False
+    return mode
+
+
 def fresh_size(mode: FakeTensorMode) -> torch.SymInt:
     """Return a new symbolic size that nothing guards on.
 
@@ -375,6 +382,24 @@ def fresh_size(mode: FakeTensorMode) -> torch.SymInt:
     _constrain_range_for_size(size, min=2)
     env.pending_fresh_unbacked_symbols.clear()  # the symbol is an input of ours, no operator's output has to bind it
     return size
+
+
+def sizes_are_settled(value: FakeTensor) -> bool:
+    """Tell whether the sizes in Dynamo's graph hold without what else it assumed of them.
+
+    An equality that it could write into the sizes is settled, and bounds of one size change nothing. After any other,
+    such as that a batch has one sample, the size is still a symbol in one place and the number in another.
+    """
+    env = value.fake_mode.shape_env
+    if env is None:
+        return True
+    for guard in env.guards:
+        rest = env.simplify(guard.expr)
+        if not rest.free_symbols:
+            continue
+        if getattr(rest, "rel_op", "==") == "==" or not rest.args[0].is_Symbol or rest.args[1].free_symbols:
+            return False
+    return True
 
 
 def canonical_expression(size: int | torch.SymInt) -> Any:

@@ -43,7 +43,7 @@ class CompileDenseRegions(Pass):
         regions = self._regions(gm, ctx)
         jobs: list[tuple[str, fx.Node, DenseRegion, list[Any]]] = []
         for index, nodes in enumerate(regions):
-            region, inputs = self._extract(gm, nodes, f"dense_{index}")
+            region, inputs = self._extract(gm, ctx, nodes, f"dense_{index}")
             jobs.append((f"dense_{index}", nodes[-1], region, [node.meta["val"] for node in inputs]))
         jobs += self._towers(gm, ctx)
         for name, node, region, fakes in jobs:
@@ -87,7 +87,9 @@ class CompileDenseRegions(Pass):
         """Tell whether a node takes one of the values of an operator that returns several."""
         return node.target is operator.getitem and getattr(node.args[0], "target", None) in OPERATORS
 
-    def _extract(self, gm: fx.GraphModule, nodes: list[fx.Node], name: str) -> tuple[DenseRegion, list[fx.Node]]:
+    def _extract(
+        self, gm: fx.GraphModule, ctx: PassContext, nodes: list[fx.Node], name: str
+    ) -> tuple[DenseRegion, list[fx.Node]]:
         """Move nodes into a submodule and call it in their place."""
         inside = set(nodes)
         inputs = list(dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in inside))
@@ -96,8 +98,11 @@ class CompileDenseRegions(Pass):
         copies: dict[fx.Node, fx.Node] = {}
         for source in inputs:
             copies[source] = graph.placeholder(source.name)
+            copies[source].meta["val"] = source.meta["val"]
         for node in nodes:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
+            if ctx.environment.trusted(node):
+                ctx.environment.trust(copies[node])
         graph.output(tuple(copies[node] for node in outputs))
         region = DenseRegion(fx.GraphModule(gm, graph, class_name=name), self.dense_compiler)
         gm.add_submodule(name, region)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from dmt_compile.ir.embedding_graph import Table
 from dmt_compile.plan import TowerPlan
 from dmt_compile.runtime.tables import Block, ShardedTable
 from dmt_compile.runtime.world import ProcessWorld
+
+T = TypeVar("T")
 
 
 def block_of(plan: TowerPlan, table: Table, rank: int, model: Any) -> Block:
@@ -58,7 +60,7 @@ def shard_tables(tables: Sequence[Table], plan: TowerPlan, world: ProcessWorld, 
     Raises:
         UnsupportedGraphError: an autograd graph of an earlier step still holds a table.
     """
-    optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
+    optimizers = _living(torch.optim.Optimizer)
     pieces: dict[str, list[Table]] = defaultdict(list)
     for table in tables:
         pieces[table.parameter_name].append(table)
@@ -73,6 +75,13 @@ def shard_tables(tables: Sequence[Table], plan: TowerPlan, world: ProcessWorld, 
                 world.move(wire, 0, shard.rank, f"initial rows of {part_name}")
                 part.copy_(wire)
         _shard(name, parameter, block_of(plan, of_parameter[0], world.rank, model), optimizers)
+
+
+def _living(kind: type[T]) -> list[T]:
+    """Return all objects of a kind; of hundreds of thousands of objects, which have a few thousand types."""
+    objects = gc.get_objects()
+    types = {found for found in set(map(type, objects)) if issubclass(found, kind)}
+    return [found for found in objects if type(found) in types] if types else []
 
 
 def _shard(name: str, parameter: torch.Tensor, block: Block, optimizers: list[torch.optim.Optimizer]) -> None:

@@ -27,7 +27,7 @@ def test_bad_batches_on_one_rank_raise_on_all() -> None:
         assert re.search(text, results[0][number]), results[0][number]
 
 
-@pytest.mark.parametrize("phase", ["evaluation", "training"])
+@pytest.mark.parametrize("phase", [pytest.param("evaluation", marks=pytest.mark.slow), "training"])
 def test_a_rank_that_does_not_come_is_named(phase: str) -> None:
     outcomes = run_ranks(scenarios.absent_rank, 4, phase)
     assert outcomes[0].error == "CollectiveError", outcomes[0]
@@ -55,7 +55,7 @@ def test_a_rank_missing_at_the_first_call_is_named() -> None:
     ("what", "error", "text"),
     [
         ("rows", "PlanError", "expected the same model and options on every rank"),
-        ("dense", "PlanError", "expected the same model and options on every rank"),
+        pytest.param("dense", "PlanError", "expected the same model and options on every rank", marks=pytest.mark.slow),
         ("options", "PlanError", "expected the same model and options on every rank"),
         ("topology", "ConfigError", "expected 6 ranks for topology 2x3, found 2"),
         ("plan of another model", "PlanError", "expected table emb.4 as (rows, dim, dtype) = (12, 8, 'float32')"),

@@ -16,6 +16,8 @@ from tests.distributed import gradients, scenarios
 from tests.distributed.gradients import BUCKETS, TYPES, wire_of
 from tests.ranks import run_ranks, values
 
+slow = pytest.mark.slow
+
 LONGEST_SUM = 64  # ids of one row in a global batch, and the widest layer
 
 
@@ -43,7 +45,7 @@ def test_hierarchical_sums_are_those_of_the_simulated_ranks_bit_by_bit(topology:
         assert sum(result["sent"].get(key, 0) for result in results) == expected_bytes
 
 
-@pytest.mark.parametrize("wire_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("wire_dtype", [pytest.param(None, marks=slow), "bfloat16"])
 def test_towers_over_several_hosts_sum_among_their_own_ranks(wire_dtype: str | None) -> None:
     results = values(run_ranks(gradients.sums, 8, "4x2", wire_of(wire_dtype, hosts=2, tower=0)))
     assert all(result["same"] for result in results)
@@ -57,14 +59,14 @@ def test_each_step_that_breaks_is_seen_in_the_sums() -> None:
         assert not any(said.values()), said
 
 
-@pytest.mark.parametrize("hierarchical", [True, False])
+@pytest.mark.parametrize("hierarchical", [True, pytest.param(False, marks=slow)])
 def test_every_way_backward_gives_averages(hierarchical: bool) -> None:
     for said in values(run_ranks(gradients.passes, 4, hierarchical)):
         assert len(said) == 8
         assert all(said.values()), said
 
 
-@pytest.mark.parametrize("hierarchical", [True, False])
+@pytest.mark.parametrize("hierarchical", [True, pytest.param(False, marks=slow)])
 def test_a_rank_that_stays_away_from_the_backward_pass_is_named(hierarchical: bool) -> None:
     outcomes = run_ranks(gradients.absent, 4, hierarchical)
     for outcome in outcomes[:3]:
@@ -79,8 +81,8 @@ def test_a_rank_that_stays_away_from_the_backward_pass_is_named(hierarchical: bo
     ("kind", "topology", "options"),
     [
         ("adam", "2x2", {"dense_reduction": "flat"}),
-        ("momentum", "1x2", {"dense_reduction": "hierarchical"}),
-        ("adagrad", "2x1", {"dense_reduction": "hierarchical"}),
+        pytest.param("momentum", "1x2", {"dense_reduction": "hierarchical"}, marks=slow),
+        pytest.param("adagrad", "2x1", {"dense_reduction": "hierarchical"}, marks=slow),
     ],
 )
 def test_either_reduction_trains_as_the_flat_model(kind: str, topology: str, options: dict[str, Any]) -> None:
@@ -92,7 +94,7 @@ def test_either_reduction_trains_as_the_flat_model(kind: str, topology: str, opt
             assert result[name] <= GRADIENT[torch.float32] * LONGEST_SUM**0.5, name
 
 
-@pytest.mark.parametrize("wire_dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("wire_dtype", ["bfloat16", pytest.param("float16", marks=slow)])
 def test_replicas_stay_equal_bit_by_bit_under_low_precision(wire_dtype: str) -> None:
     results = values(run_ranks(gradients.low_precision, 4, wire_dtype))
     for result in results:
@@ -100,7 +102,7 @@ def test_replicas_stay_equal_bit_by_bit_under_low_precision(wire_dtype: str) -> 
         assert result["same"], result["worst"]
 
 
-@pytest.mark.parametrize("dense_compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("dense_compiler", ["eager", pytest.param("inductor", marks=slow)])
 def test_gradients_leave_before_embeddings_go_back_and_are_waited_for_last(dense_compiler: str) -> None:
     for events in values(run_ranks(gradients.order_of_a_backward_pass, 4, dense_compiler)):
         assert events[0] == "bucket 0 leaves"  # the over-arch's

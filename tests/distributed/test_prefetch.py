@@ -18,7 +18,11 @@ from tests.ranks import run_ranks, values
 
 @pytest.mark.parametrize(
     ("kind", "topology", "id_exchange"),
-    [("dlrm", "2x2", "hierarchical"), ("dlrm", "2x1", "global"), ("every lookup", "1x2", "global")],
+    [
+        ("dlrm", "2x2", "hierarchical"),
+        ("every lookup", "1x2", "global"),
+        pytest.param("dlrm", "2x1", "global", marks=pytest.mark.slow),
+    ],
 )
 def test_the_numbers_are_those_without_prefetching(kind: str, topology: str, id_exchange: str) -> None:
     run, ranks = partial(prefetching.with_and_without, id_exchange=id_exchange), Topology.parse(topology).world_size

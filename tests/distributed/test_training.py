@@ -14,17 +14,19 @@ from tests.distributed import scenarios
 from tests.passes.test_split_tables import PIECES, in_rows
 from tests.ranks import run_ranks, values
 
+slow = pytest.mark.slow
+
 LONGEST_SUM = 64  # ids of one row in a global batch, and the widest layer
 
 
 @pytest.mark.parametrize(
     ("kind", "sparse", "topology", "built_after", "clip"),
     [
-        ("sgd", False, "1x2", False, None),
+        pytest.param("sgd", False, "1x2", False, None, marks=slow),
         ("sgd", True, "4x1", False, 0.5),
-        ("momentum", False, "1x4", True, None),
+        pytest.param("momentum", False, "1x4", True, None, marks=slow),
         ("adagrad", False, "2x2", False, 0.5),
-        ("adagrad", True, "2x1", True, None),
+        pytest.param("adagrad", True, "2x1", True, None, marks=slow),
         ("adam", False, "2x1", True, None),
         ("sparse_adam", True, "1x2", False, None),
     ],
@@ -39,9 +41,9 @@ def test_training_equals_the_flat_model(
     ("kind", "sparse", "topology", "options"),
     [
         ("adagrad", False, "2x2", {}),
-        ("sparse_adam", True, "2x2", {"towers": 1}),
+        pytest.param("sparse_adam", True, "2x2", {"towers": 1}, marks=slow),
         ("sgd", True, "2x1", {}),
-        ("adam", False, "2x2", {"towers": 4}),
+        pytest.param("adam", False, "2x2", {"towers": 4}, marks=slow),
     ],
 )
 def test_training_with_ids_by_way_of_hosts_equals_the_flat_model(
@@ -82,7 +84,7 @@ def test_optimizers_in_the_backward_pass_step_as_the_flat_model_s(
     assert sum(result["state"] for result in results) == elements
 
 
-@pytest.mark.parametrize("id_exchange", ["global", "hierarchical"])
+@pytest.mark.parametrize("id_exchange", [pytest.param("global", marks=slow), "hierarchical"])
 def test_lookups_of_every_kind_train_as_the_flat_model_s(id_exchange: str) -> None:
     step = partial(scenarios.train_every_lookup, id_exchange=id_exchange)
     results = values(run_ranks(step, 4, "2x2", False))
@@ -108,8 +110,8 @@ WITH_A_GAP = [*DLRM_PIECES[:2], ["emb.3[:, 2:6]", "emb.1[:, 0:4]"], ["emb.3[:, 0
     ("kind", "sparse", "clip", "options", "compared"),
     [
         ("adagrad", False, 0.5, {"partition": DLRM_PIECES}, ("gradient", "norm", "weights")),
-        ("sparse_adam", True, None, {"partition": WITH_A_GAP}, ("weights",)),
-        ("adam", False, None, {"towers": 8, "split_columns": True}, ("weights",)),
+        pytest.param("sparse_adam", True, None, {"partition": WITH_A_GAP}, ("weights",), marks=slow),
+        pytest.param("adam", False, None, {"towers": 8, "split_columns": True}, ("weights",), marks=slow),
     ],
 )
 def test_column_pieces_train_as_the_flat_model(
@@ -142,7 +144,7 @@ DLRM_ROWS = [
 
 @pytest.mark.parametrize(
     ("kind", "sparse", "built_after", "clip"),
-    [("adagrad", False, True, 0.5), ("adagrad", True, False, None)],
+    [("adagrad", False, True, 0.5), pytest.param("adagrad", True, False, None, marks=slow)],
 )
 def test_row_pieces_train_as_the_flat_model(kind: str, sparse: bool, built_after: bool, clip: float | None) -> None:
     job = partial(scenarios.train, partition=DLRM_ROWS)
@@ -165,7 +167,9 @@ ONLY_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("partition", "compared"), [(ONLY_ROWS, ["gradient"]), (in_rows(2), [])])
+@pytest.mark.parametrize(
+    ("partition", "compared"), [(ONLY_ROWS, ["gradient"]), pytest.param(in_rows(2), [], marks=slow)]
+)
 def test_row_pieces_of_every_lookup_train_as_the_flat_model_s(partition: list[list[str]], compared: list[str]) -> None:
     results = values(run_ranks(partial(scenarios.train_every_lookup, partition=partition), 4, "2x2", False))
     for result in results:
@@ -188,7 +192,9 @@ DLRM_TOWERS = {"tower_module": "dlrm", "tower_module_options": {"dim": 4}}
             {"tower_module": "dot", "towers": 4},
             [[], [], ["tower2"], ["tower2"]],  # a tower of one feature has no parameters
         ),
-        ("4x1", False, None, {"tower_module": "dcn", "towers": 2}, [["tower0"]] * 2 + [["tower1"]] * 2),
+        pytest.param(
+            "4x1", False, None, {"tower_module": "dcn", "towers": 2}, [["tower0"]] * 2 + [["tower1"]] * 2, marks=slow
+        ),
     ],
 )
 def test_towers_train_as_the_towered_model_of_one_process(
@@ -247,7 +253,7 @@ def test_models_of_one_class_have_programs_of_their_own() -> None:
     ("topology", "options"),
     [
         ("2x2", {"comm_dtype": {"peer": ("float8", "bfloat16")}}),
-        ("4x1", {"comm_dtype": {"peer": "int8"}}),
+        pytest.param("4x1", {"comm_dtype": {"peer": "int8"}}, marks=slow),
         ("2x2", {"comm_dtype": {"intra": "float16"}, "kernels": "triton"}),  # lookups write what travels
     ],
 )

@@ -70,6 +70,8 @@ def insert(graph: Captured, before: fx.Node, target: Callable[..., object], *arg
 
 def again(graph: Captured) -> None:
     """Derive the metadata of all nodes anew."""
+    for node in graph.gm.graph.nodes:
+        node.meta.pop("example_value", None)
     with torch.set_grad_enabled(graph.ctx.training):
         graph.ctx.environment.annotate(graph.gm)
 

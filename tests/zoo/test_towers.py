@@ -116,7 +116,7 @@ def test_a_module_that_changes_nothing_leaves_every_number_as_it_is(entry: Entry
 
 
 @every_model
-@pytest.mark.parametrize(("kind", "half"), [("dlrm", True), ("dcn", False)])
+@pytest.mark.parametrize(("kind", "half"), [("dlrm", True), pytest.param("dcn", False, marks=pytest.mark.slow)])
 def test_a_model_with_towers_trains_or_says_why_not(entry: Entry, kind: str, half: bool) -> None:
     graph = captured(entry).on("1x1")
     advance(graph, "partition_towers")
