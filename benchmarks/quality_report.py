@@ -106,6 +106,7 @@ def report(lines: Lines, plot: Path | None, console: Console | None = None) -> N
                 _number(row.line.get("cross_host_bytes"), ".0f"), _number(row.fewer_bytes, ".2f"),
             )  # fmt: skip
         console.print(table)
+        _grid(mine, console)
         for line in lines:
             if _group(line) == group and "max_abs_error" in line:
                 console.print(
@@ -116,6 +117,34 @@ def report(lines: Lines, plot: Path | None, console: Console | None = None) -> N
     if plot is not None:
         _draw(rows, plot)
         console.print(f"drawn: {plot}")
+
+
+def grid(rows: Sequence[Row]) -> dict[tuple[int, str, str], dict[int, float]]:
+    """Return the loss of AUC at each compression, by number of towers, Tower Module and partition.
+
+    Where a module was trained with several options at one compression, the first counts.
+    """
+    found: dict[tuple[int, str, str], dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        line = row.line
+        if row.loss is not None and line.get("module"):
+            losses = found[line["towers"], line["module"], line["partition"]]
+            losses.setdefault(line["compression"], row.loss)
+    return dict(sorted(found.items(), key=lambda item: item[0][:2]))
+
+
+def _grid(rows: Sequence[Row], console: Console) -> None:
+    found = grid(rows)
+    if len({towers for towers, _, _ in found}) < 2:
+        return
+    table = Table(title="loss of AUC against flat by compression", title_justify="left")
+    compressions = sorted({compression for losses in found.values() for compression in losses})
+    for name in ("towers", "module", "partition", *(f"{compression}x" for compression in compressions)):
+        table.add_column(name, justify="left" if name in ("module", "partition") else "right")
+    for (towers, module, partition), losses in found.items():
+        cells = (_number(losses.get(compression), "+.4f") for compression in compressions)
+        table.add_row(str(towers), module, partition, *cells)
+    console.print(table)
 
 
 def frontier(rows: Sequence[Row]) -> list[Row]:

@@ -13,7 +13,7 @@ import quality
 import torch
 from quality_data import QualityData
 from quality_models import SETTINGS, Settings
-from quality_report import frontier, report, rows_of
+from quality_report import frontier, grid, report, rows_of
 from quality_training import Variant, evaluate, flat_model, make_plan, towered, train
 from rich.console import Console
 from scipy.stats import mannwhitneyu
@@ -183,6 +183,26 @@ def test_rows_of_other_settings_are_not_mixed() -> None:
     others = [{**line, "settings": {"dim": 8}} for line in lines if line["variant"] == "flat"]
     assert [len(row.aucs) for row in rows_of([*lines, *others])] == [9] * 5
     assert rows_of([line for line in lines if line["variant"] != "flat"])[0].loss is None
+
+
+def test_the_grid_has_a_row_for_towers_module_and_partition() -> None:
+    lines = [{**line, "module": None if line["variant"] == "flat" else "dlrm"} for line in made_lines()]
+    flat, strided, coherent, small = rows_of(lines)
+    assert grid([flat, strided, coherent, small]) == {
+        (4, "dlrm", "strided"): {2: strided.loss, 4: small.loss},
+        (4, "dlrm", "coherent:nid"): {2: coherent.loss},
+    }
+    console = Console(width=200, record=True)
+    report(lines, None, console)
+    assert "by compression" not in console.export_text()  # of one number of towers
+    more = [{**line, "towers": 8, "variant": line["variant"].replace("T4", "T8")} for line in lines if line["module"]]
+    report([*lines, *more], None, console)
+    [cells] = [
+        text.split() for text in console.export_text().splitlines() if text.startswith("│      8 │ dlrm   │ str")
+    ]
+    assert strided.loss is not None
+    assert small.loss is not None
+    assert cells[-4:-1] == [f"{strided.loss:+.4f}", "│", f"{small.loss:+.4f}"]
 
 
 def test_the_frontier_holds_what_nothing_beats() -> None:
