@@ -14,7 +14,7 @@ import dmt_compile
 from dmt_compile import Topology
 from dmt_compile.ir.stages import Effect
 
-EXAMPLES = max(1, settings().max_examples // 10)
+EXAMPLES = max(1, settings().max_examples // 20)
 DENSE = 3
 
 

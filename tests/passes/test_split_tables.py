@@ -261,7 +261,7 @@ TOWERS_OF_PIECES = [
     "options",
     [
         {"partition": TOWERS_OF_PIECES, "tower_module": "dlrm", "tower_module_options": {"dim": 4}},
-        {"partition": TOWERS_OF_PIECES, "tower_module": "dcn"},
+        pytest.param({"partition": TOWERS_OF_PIECES, "tower_module": "dcn"}, marks=pytest.mark.slow),
         {"split_rows": True, "split_columns": True, "tower_module": "dlrm"},
     ],
 )

@@ -31,7 +31,9 @@ REFUSED = {
 # Not one graph of tensors alone, which is all that can be looked at here without running Dynamo's own code around it.
 ELSEWHERE = {"torchrec.DLRM", "torchrec.DLRM_DCN"}
 ENTRIES = tuple(entry for entry in (*ZOO, *LIBRARIES) if entry.name not in ELSEWHERE)
-every_model = pytest.mark.parametrize("entry", ENTRIES, ids=str)
+every_model = pytest.mark.parametrize(
+    "entry", [pytest.param(entry, marks=pytest.mark.slow if entry in LIBRARIES else []) for entry in ENTRIES], ids=str
+)
 
 
 class Unchanged(nn.Module):
