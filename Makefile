@@ -20,7 +20,7 @@ demo: $(VENV)/.demo-installed  ## Run the demo; ARGS are passed on to it
 test: $(VENV)/.dev-installed  ## Run the tests; ARGS are passed on to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(VENV)/.dev-installed  ## Run the tests with their slow cases as well, half as long again
+test-all: $(VENV)/.dev-installed  ## Run the tests with their slow cases as well
 	@$(BIN)/python -m pytest -m "" $(ARGS)
 
 equivalence: $(VENV)/.dev-installed  ## Compare 5,000 random cases with the flat model; ARGS="--cases 500 --seed 1"

@@ -33,7 +33,6 @@ from torch.utils._pytree import tree_leaves
 __all__ = [  # what others may import from here
     "FakeTensor",
     "FakeTensorMode",
-    "ShapeEnv",
     "ShortenTraceback",
     "Store",
     "enable_python_dispatcher",

@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Take what was imported out of garbage collections, which were a twelfth of the time of tests that compile."""
+    """Take what was imported out of garbage collections, which tests that compile cause many of."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)

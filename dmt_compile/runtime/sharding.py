@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +18,6 @@ from dmt_compile.ir.embedding_graph import Table
 from dmt_compile.plan import TowerPlan
 from dmt_compile.runtime.tables import Block, ShardedTable
 from dmt_compile.runtime.world import ProcessWorld
-
-T = TypeVar("T")
 
 
 def block_of(plan: TowerPlan, table: Table, rank: int, model: Any) -> Block:
@@ -60,7 +58,7 @@ def shard_tables(tables: Sequence[Table], plan: TowerPlan, world: ProcessWorld, 
     Raises:
         UnsupportedGraphError: an autograd graph of an earlier step still holds a table.
     """
-    optimizers = _living(torch.optim.Optimizer)
+    optimizers = _living_optimizers()
     pieces: dict[str, list[Table]] = defaultdict(list)
     for table in tables:
         pieces[table.parameter_name].append(table)
@@ -77,10 +75,10 @@ def shard_tables(tables: Sequence[Table], plan: TowerPlan, world: ProcessWorld, 
         _shard(name, parameter, block_of(plan, of_parameter[0], world.rank, model), optimizers)
 
 
-def _living(kind: type[T]) -> list[T]:
-    """Return all objects of a kind; of hundreds of thousands of objects, which have a few thousand types."""
+def _living_optimizers() -> list[torch.optim.Optimizer]:
+    """Return all optimizers there are; of hundreds of thousands of objects, which have a few thousand types."""
     objects = gc.get_objects()
-    types = {found for found in set(map(type, objects)) if issubclass(found, kind)}
+    types = {kind for kind in set(map(type, objects)) if issubclass(kind, torch.optim.Optimizer)}
     return [found for found in objects if type(found) in types] if types else []
 
 
