@@ -131,11 +131,12 @@ class FakeEnvironment:
 
     def trust(self, node: fx.Node) -> None:
         """Take a node's value as what its target gives for its arguments, until one of these changes."""
-        node.meta["trusted"] = self._state(node)
+        values = [source.meta["val"] for source in (node, *node.all_input_nodes)]
+        node.meta["trusted"] = self._state(node), values  # held, so that nothing else gets their identity
 
     def trusted(self, node: fx.Node) -> bool:
         """Tell whether nothing changed since the node's value was last trusted."""
-        return "trusted" in node.meta and bool(node.meta["trusted"] == self._state(node))
+        return "trusted" in node.meta and bool(node.meta["trusted"][0] == self._state(node))
 
     @staticmethod
     def _state(node: fx.Node) -> tuple[Any, ...]:
