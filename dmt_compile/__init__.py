@@ -23,6 +23,7 @@ from dmt_compile.partition.measure import interactions
 from dmt_compile.partition.picture import save_picture
 from dmt_compile.plan import Shard, TableSpec, Tower, TowerPlan
 from dmt_compile.runtime.clipping import clip_grad_norm_
+from dmt_compile.runtime.deferred_step import defer_step
 from dmt_compile.runtime.prefetch import prefetch
 from dmt_compile.runtime.simulated_world import SimulatedWorld
 from dmt_compile.runtime.state import full_state_dict
@@ -58,6 +59,7 @@ __all__ = [
     "certify",
     "clip_grad_norm_",
     "communication_report",
+    "defer_step",
     "explain",
     "full_state_dict",
     "interactions",

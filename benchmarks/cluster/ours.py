@@ -31,6 +31,7 @@ def build(
     options: dict[str, Any] | None = None,
     dense_compiler: str = "inductor",
     prefetch: bool = False,
+    defer: bool = False,
     one_host: bool = False,
 ) -> Step:
     """Return the training step.
@@ -42,12 +43,15 @@ def build(
         options: of the backend, beside topology and dense compiler.
         dense_compiler: what compiles the dense parts.
         prefetch: send the next batch's ids while a step computes.
+        defer: let the optimizer's step on dense parameters wait for the next step.
         one_host: compile for one host of all ranks, as for links that are all as fast.
     """
     every = {"topology": topology(one_host), "dense_compiler": dense_compiler} | (options or {})
     compiled = torch.compile(flat, backend="dmt", options=every)
     dmt_compile.warmup(compiled, batches[0].inputs())
     optimizer = torch.optim.SGD(flat.parameters(), lr=workload.lr)
+    if defer:
+        dmt_compile.defer_step(optimizer, compiled)
 
     items = [(batch.inputs(), batch.labels_B) for batch in batches]
     upcoming: Iterator[Any] = cycle(items)

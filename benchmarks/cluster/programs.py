@@ -79,6 +79,7 @@ def _towers(dim: int) -> dict[str, Any]:
     return {"tower_module": "dlrm", "tower_module_options": {"c": 1, "p": 0, "dim": dim}}
 
 
+AHEAD = {"prefetch": True, "defer": True}  # what the steps before and after can overlap with
 HALF_WIRE = {"peer": "bfloat16", "dense": "bfloat16"}
 PROGRAMS = {
     program.name: program
@@ -88,10 +89,12 @@ PROGRAMS = {
         Program("one-host", "ours", {"one_host": True}),
         Program("sptt", "ours"),
         Program("sptt-prefetch", "ours", {"prefetch": True}),
+        Program("sptt-ahead", "ours", AHEAD),
         Program("sptt-bf16", "ours", {"options": {"comm_dtype": HALF_WIRE}}, precision="bfloat16"),
         Program("towers-32", "ours", {"options": _towers(32)}, same_as=None),
         Program("towers-16", "ours", {"options": _towers(16)}, same_as=None),
         Program("towers-16-prefetch", "ours", {"options": _towers(16), "prefetch": True}, same_as="towers-16"),
+        Program("towers-16-ahead", "ours", {"options": _towers(16)} | AHEAD, same_as="towers-16"),
         Program(
             "towers-16-bf16", "ours", {"options": _towers(16) | {"comm_dtype": HALF_WIRE}},
             same_as="towers-16", precision="bfloat16",
@@ -99,6 +102,11 @@ PROGRAMS = {
         Program(
             "towers-16-bf16-prefetch", "ours",
             {"options": _towers(16) | {"comm_dtype": HALF_WIRE}, "prefetch": True},
+            same_as="towers-16", precision="bfloat16",
+        ),
+        Program(
+            "towers-16-bf16-ahead", "ours",
+            {"options": _towers(16) | {"comm_dtype": HALF_WIRE}} | AHEAD,
             same_as="towers-16", precision="bfloat16",
         ),
     )

@@ -93,12 +93,13 @@ class _WaitGradients(torch.autograd.Function):
     def forward(ctx: Any, averaging: Averaging, *tensors: torch.Tensor) -> Any:
         ctx.set_materialize_grads(False)
         ctx.averaging = averaging
-        return tuple(t.view_as(t) for t in tensors)
+        # A step that is still to be done writes to the parameters, and must not outdate views of them.
+        return tuple(t.data if averaging.deferred else t.view_as(t) for t in tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, *ctx.averaging.finish()
+        return None, *ctx.averaging.finish([node for node, _ in ctx.next_functions])
 
 
 def _bucket(waited: Sequence[torch.Tensor], averaging: Averaging, bucket: int) -> tuple[torch.Tensor, ...]:
@@ -122,6 +123,7 @@ def start_gradients(waited: Sequence[torch.Tensor], averaging: Averaging, bucket
     tensors = _bucket(waited, averaging, bucket)
     if not averaging.member:
         return tensors
+    averaging.settle()
     out: tuple[torch.Tensor, ...] = _StartGradients.apply(averaging, bucket, *tensors)  # type: ignore[no-untyped-call]
     return out
 

@@ -9,15 +9,18 @@ Shape suffixes: P elements of a bucket, padded so that every rank has an equal p
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from dmt_compile import torch_internals
+from dmt_compile.runtime.coming_gradients import coming_gradients, step_can_wait
 from dmt_compile.runtime.world import Pending, World
 from dmt_compile.topology import Topology
 
+logger = logging.getLogger(__name__)
 BOTH_ADD = 2  # hosts that send each other their sums whole
 
 
@@ -137,7 +140,9 @@ class Averaging:
     def __init__(self, world: World | None, reduction: Reduction) -> None:
         self._world = world
         self.reduction = reduction
+        self._parameters: Sequence[torch.Tensor] = ()
         self._templates: Sequence[torch.Tensor] = ()
+        self._finish_step: Callable[[], None] | None = None
         self._backward = -1
         self._ready: dict[int, torch.Tensor] = {}
         self._sent: list[Pending] = []
@@ -148,9 +153,27 @@ class Averaging:
         assert self._world is not None
         return self._world.rank in self.reduction.members(self._world.topology)
 
+    @property
+    def deferred(self) -> bool:
+        """The optimizer's step on these parameters can wait, so that their values are not final yet."""
+        return self._finish_step is not None
+
     def open(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Remember what the gradients look like, bucket after bucket."""
+        """Remember the parameters, bucket after bucket, and what their gradients look like."""
         self._templates = [p.detach().new_empty(()).expand(p.shape) for p in parameters]
+        if self.reduction.tower >= 0:  # read early in the next step, and inside the host their averages take no time
+            return
+        can_wait = {step_can_wait(parameter) for parameter in parameters}
+        if len(can_wait) == 1:
+            [self._finish_step] = can_wait
+        elif self._world is not None:
+            _warn_of_mixture()
+        self._parameters = parameters if self.deferred else ()
+
+    def settle(self) -> None:
+        """Make the parameters final: do the step that waits for their last gradients."""
+        if self._finish_step is not None:
+            self._finish_step()
 
     def start(self, bucket: int, gradients: Sequence[torch.Tensor]) -> None:
         """Give a bucket's gradients away; they leave once all buckets before them have left."""
@@ -161,8 +184,11 @@ class Averaging:
         while len(self._sent) in self._ready:
             self._sent.append(self._leave(self._world, self._ready.pop(len(self._sent))))
 
-    def finish(self) -> list[torch.Tensor]:
-        """Wait for all gradients and return them, bucket after bucket.
+    def finish(self, nodes: Sequence[Any]) -> list[torch.Tensor] | list[None]:
+        """Wait for all gradients and return them, bucket after bucket; or set gradients that come later.
+
+        Args:
+            nodes: of autograd, that take the gradient of each parameter.
 
         Raises:
             CollectiveError: a rank did not arrive within the time limit, or broke off.
@@ -172,13 +198,21 @@ class Averaging:
         for bucket in range(len(self.reduction.buckets)):
             if bucket >= len(self._sent) and bucket not in self._ready:
                 self.start(bucket, [torch.zeros_like(t) for t in self._templates[self.reduction.span(bucket)]])
+        self._backward = -1
+        arrive = functools.partial(self._arrive, self._world.topology, self._sent)
+        if not self.deferred or not all(map(_nobody_waits, self._parameters, nodes)):
+            return arrive()
+        for parameter, coming in zip(self._parameters, coming_gradients(self._parameters, arrive), strict=True):
+            parameter.grad = coming
+        return [None] * len(self._parameters)
+
+    def _arrive(self, topology: Topology, sent: Sequence[Pending]) -> list[torch.Tensor]:
         gradients: list[torch.Tensor] = []
-        for bucket, pending in enumerate(self._sent):
+        for bucket, pending in enumerate(sent):
             flat_P = pending.wait()
             if not self.reduction.hierarchical:
-                flat_P /= self.reduction.divisor(self._world.topology)
+                flat_P /= self.reduction.divisor(topology)
             gradients += unflatten(flat_P, [t.shape for t in self._templates[self.reduction.span(bucket)]])
-        self._backward = -1
         return gradients
 
     def _leave(self, world: World, flat_P: torch.Tensor) -> Pending:
@@ -196,3 +230,21 @@ class Averaging:
         if current != self._backward:
             self._backward = current
             self._ready, self._sent = {}, []
+
+
+def _nobody_waits(parameter: torch.Tensor, node: Any) -> bool:
+    """Tell, inside the backward pass, whether nothing in it reads a parameter's gradient or adds to an earlier one."""
+    return (
+        parameter.grad is None
+        and torch_internals.will_run(node)
+        and not torch_internals.has_gradient_hooks(parameter, None)
+        and torch_internals.in_backward_node(parameter) is None
+    )
+
+
+@functools.cache
+def _warn_of_mixture() -> None:
+    logger.warning(
+        "defer_step: no step is deferred, since the optimizer does not hold all dense parameters of the program; give "
+        "it all of them"
+    )

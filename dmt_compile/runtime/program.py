@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from dmt_compile import torch_internals
-from dmt_compile.ir import id_ops
+from dmt_compile.ir import gradient_ops, id_ops
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.pipeline import PipelineReport
 from dmt_compile.runtime.front import Coming, Front
@@ -58,6 +58,7 @@ class Program:
         self._execution = None if world is None else Execution(world, self.fingerprint, checksum, self._agreed)
         called = {node.target for node in gm.graph.nodes if node.op == "call_function"}
         collective = any(target in OPERATORS and OPERATORS[target].collective for target in called)
+        self._settles = gradient_ops.start_gradients in called
         self._without_header = collective and id_ops.exchange_headers not in called
         self._calls = 0
         self._broadcast_in = 0  # the call that sent the buffers last
@@ -70,6 +71,8 @@ class Program:
         self.world.limit_s = self.limit_s(self._calls)
         for observer in _observers:
             observer(self, args)
+        if not self._settles:
+            self.world.unsettled()
         with executing(self._execution):
             if self._without_header:
                 id_ops.exchange_headers(id_ops.plain_header(), (), ())

@@ -116,6 +116,7 @@ class ProcessWorld:
         ledger: bytes that this rank sent.
         waited_s: (collective, direction) -> seconds in which this rank did nothing but wait for it. Of NCCL's
             collectives, which are waited for on the GPU, it holds nothing.
+        unsettled: does a deferred optimizer step that waits, for those who read parameters outside a training program.
         step: calls of programs so far; ``reported``: of those, what a report told.
 
     Creates process groups: a collective call, in the same order on every rank.
@@ -134,6 +135,7 @@ class ProcessWorld:
         self._store = torch_internals.default_store()
         self.step = self.reported = 0
         self.waited_s: dict[tuple[str, str], float] = defaultdict(float)
+        self.unsettled: Callable[[], None] = lambda: None
         timeout = timedelta(seconds=limit_s)
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._members: dict[str, tuple[int, ...]] = {}

@@ -246,9 +246,9 @@ def order_of_a_backward_pass(rank: int, dense_compiler: str) -> list[str]:
         events.append(f"bucket {bucket} leaves")
         start(self, bucket, given)
 
-    def finishing(self: Any) -> Any:
+    def finishing(self: Any, nodes: Any) -> Any:
         events.append("all are waited for")
-        return finish(self)
+        return finish(self, nodes)
 
     torch.manual_seed(0)
     model: nn.Module = DLRM()
