@@ -50,8 +50,7 @@ def build(
     compiled = torch.compile(flat, backend="dmt", options=every)
     dmt_compile.warmup(compiled, batches[0].inputs())
     optimizer = torch.optim.SGD(flat.parameters(), lr=workload.lr)
-    if defer:
-        dmt_compile.defer_step(optimizer, compiled)
+    deferred = dmt_compile.defer_step(optimizer, compiled) if defer else None
 
     items = [(batch.inputs(), batch.labels_B) for batch in batches]
     upcoming: Iterator[Any] = cycle(items)
@@ -67,4 +66,5 @@ def build(
         optimizer.step()
         return loss.detach(), logits_B.detach()
 
-    return Step(step, next(state for state in map(state_of, flat.parameters()) if state is not None))
+    state = next(state for state in map(state_of, flat.parameters()) if state is not None)
+    return Step(step, state) if deferred is None else Step(step, state, deferred.finish)

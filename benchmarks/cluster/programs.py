@@ -18,10 +18,12 @@ class Step:
     Args:
         run: does one step and returns the local loss and the local logits, detached.
         state: what ``torch.compile(backend="dmt")`` agreed on for the model; ``None`` for other programs.
+        finish: ends what a step has left to the next one.
     """
 
     run: Callable[[], tuple[Any, Any]]
     state: Any = None
+    finish: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

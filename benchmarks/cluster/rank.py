@@ -96,6 +96,7 @@ class Rank:
         """
         step = self.steps[program]
         world = None if step.state is None else step.state.world
+        step.finish()
         dist.barrier()
         waited_before = dict(self.waits.seconds)
         if world is not None:
@@ -105,6 +106,7 @@ class Rank:
         for _ in range(steps):
             step.run()
             times.append(time.perf_counter())
+        step.finish()
         waited = {name: seconds - waited_before.get(name, 0.0) for name, seconds in self.waits.seconds.items()}
         if world is not None:
             waited = {" ".join(key): seconds for key, seconds in world.waited_s.items()}

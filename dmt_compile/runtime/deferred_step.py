@@ -79,6 +79,11 @@ class DeferredStep:
             if parameter.grad is coming:
                 parameter.grad = given[parameter]
 
+    def _settle(self, trains: bool) -> None:
+        """Finish unless a program is about to run that settles the parameters it trains, and trains all that wait."""
+        if not trains or (self._due is not None and not all(p.requires_grad for p in self._due.gradients)):
+            self.finish()
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do what can be done of a step without waiting; the rest waits for :meth:`finish`."""
         self.finish()
@@ -92,7 +97,7 @@ class DeferredStep:
         for gradient in coming.values():
             gradient.before_use = self.finish
         for state in {id(s): s for s in map(state_of, coming) if s is not None}.values():
-            state.world.unsettled = self.finish
+            state.world.settle = self._settle
         return None
 
 

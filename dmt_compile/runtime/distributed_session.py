@@ -86,7 +86,7 @@ class ModelState:
         self.steps += 1
         if self.steps % CHECKSUM_EVERY:
             return 0
-        self.world.unsettled()
+        self.world.settle(False)
         total = 0
         for parameter in self.synchronized.values():
             words = parameter.detach().contiguous().view(-1).view(torch.uint8)

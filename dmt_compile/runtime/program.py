@@ -58,7 +58,8 @@ class Program:
         self._execution = None if world is None else Execution(world, self.fingerprint, checksum, self._agreed)
         called = {node.target for node in gm.graph.nodes if node.op == "call_function"}
         collective = any(target in OPERATORS and OPERATORS[target].collective for target in called)
-        self._settles = gradient_ops.start_gradients in called
+        averagings: Any = gm.graph.find_nodes(op="call_function", target=gradient_ops.averaging)
+        self._trains = any(node.args[0].tower < 0 for node in averagings)  # and settles what it trains, late
         self._without_header = collective and id_ops.exchange_headers not in called
         self._calls = 0
         self._broadcast_in = 0  # the call that sent the buffers last
@@ -71,8 +72,7 @@ class Program:
         self.world.limit_s = self.limit_s(self._calls)
         for observer in _observers:
             observer(self, args)
-        if not self._settles:
-            self.world.unsettled()
+        self.world.settle(self._trains)
         with executing(self._execution):
             if self._without_header:
                 id_ops.exchange_headers(id_ops.plain_header(), (), ())

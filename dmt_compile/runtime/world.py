@@ -116,7 +116,8 @@ class ProcessWorld:
         ledger: bytes that this rank sent.
         waited_s: (collective, direction) -> seconds in which this rank did nothing but wait for it. Of NCCL's
             collectives, which are waited for on the GPU, it holds nothing.
-        unsettled: does a deferred optimizer step that waits, for those who read parameters outside a training program.
+        settle: does a deferred optimizer step that waits, where someone is about to read parameters that are not final;
+            told whether it is a program that settles the parameters it trains itself.
         step: calls of programs so far; ``reported``: of those, what a report told.
 
     Creates process groups: a collective call, in the same order on every rank.
@@ -135,7 +136,7 @@ class ProcessWorld:
         self._store = torch_internals.default_store()
         self.step = self.reported = 0
         self.waited_s: dict[tuple[str, str], float] = defaultdict(float)
-        self.unsettled: Callable[[], None] = lambda: None
+        self.settle: Callable[[bool], None] = lambda trains: None
         timeout = timedelta(seconds=limit_s)
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._members: dict[str, tuple[int, ...]] = {}
@@ -157,10 +158,10 @@ class ProcessWorld:
             "chain across": across,
             "chain across tower": parts if span > 1 else [],
         }
-        made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
         for groups in (own, of_chains):
-            if self._on_gpu:  # a communicator has one order, and chains have theirs; messages are told apart by tags
-                made = {}
+            # Chains have groups of their own: a communicator has one order, and on a connection what is long on its way
+            # would stand before what the step waits for.
+            made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
             for name, ranks in ((name, ranks) for name, members in groups.items() for ranks in members):
                 if groups is of_chains and len(ranks) == 1:
                     continue

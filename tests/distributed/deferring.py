@@ -143,6 +143,13 @@ class Training:
             self.deferred.finish()
         return [p.detach().clone() for p in self.dense]
 
+    def frozen(self, batch: Any) -> Any:
+        self.plain(batch)
+        self.model.bottom.requires_grad_(False)  # read in the next step without a gradient of its own
+        output = self.plain(batch)
+        self.model.bottom.requires_grad_(True)
+        return output
+
     def of_the_caller(self, batch: Any) -> Any:
         return torch.autograd.grad(self.compiled(*batch).square().sum(), self.dense)
 
@@ -151,7 +158,7 @@ WAYS: list[Callable[[Training, Any], Any]] = [
     Training.plain, Training.scheduled, Training.clipped, Training.plain, Training.clipped_by_pytorch,
     Training.gradients_are_read_after, Training.zeroed_in_place, Training.plain, Training.accumulated, Training.kept,
     Training.evaluated, Training.saved, Training.optimizer_saved, Training.loaded, Training.finished,
-    Training.of_the_caller, Training.scheduled, Training.plain,
+    Training.frozen, Training.of_the_caller, Training.scheduled, Training.plain,
 ]  # fmt: skip
 
 
