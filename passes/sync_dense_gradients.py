@@ -2,7 +2,8 @@
 
 All of them pass through one ``dmt::wait_gradients`` at the front, and bucket by bucket through one
 ``dmt::start_gradients`` before what first reads one of the bucket. Autograd runs the backward of what was made last
-first: a bucket leaves as soon as its gradients are there, and is waited for when nothing else is left to do.
+first: a bucket leaves as soon as its gradients are there, and is waited for when nothing else is left to do, or by the
+next step where the optimizer's can wait (``dmt_compile.defer_step``).
 Floating-point buffers are rank 0's in every training forward, as under DDP.
 
 The gradients of a Tower Module are summed over the ranks of its tower alone, since they carry 1 / ranks already; its

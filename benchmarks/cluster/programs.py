@@ -115,8 +115,9 @@ PROGRAMS = {
 }  # fmt: skip
 DEFAULT_PROGRAMS = (
     *(name for name in PROGRAMS if name.startswith("torchrec-tw-") or name == "torchrec-tw"),
-    "torchrec-twrw", "torchrec-planner", "flat", "sptt", "sptt-prefetch", "towers-32", "towers-16",
-    "towers-16-prefetch", "towers-16-bf16", "towers-16-bf16-prefetch",
+    "torchrec-twrw", "torchrec-planner", "flat", "sptt", "sptt-prefetch", "sptt-ahead", "towers-32",
+    "towers-16", "towers-16-prefetch", "towers-16-ahead", "towers-16-bf16", "towers-16-bf16-prefetch",
+    "towers-16-bf16-ahead",
 )  # fmt: skip
 
 

@@ -69,6 +69,8 @@ def averaging(reduction: Reduction) -> Averaging:
 def wait_gradients(tensors: Sequence[torch.Tensor], averaging: Averaging) -> tuple[torch.Tensor, ...]:
     """Return parameters as they are; their backward waits for the averages of their gradients.
 
+    Where the optimizer's step can wait, it gives out gradients that come later.
+
     At the front of a program, so that autograd, which takes of what is ready the node made last, waits at the very end.
     Ranks that do not hold the parameters get them without gradient, and take no part.
 
@@ -110,7 +112,8 @@ def _bucket(waited: Sequence[torch.Tensor], averaging: Averaging, bucket: int) -
 def start_gradients(waited: Sequence[torch.Tensor], averaging: Averaging, bucket: int) -> tuple[torch.Tensor, ...]:
     """Return a bucket's parameters as they are; their backward gives their gradients away as soon as all are there.
 
-    In front of what first reads one of them: its backward, the last to add to their gradients, comes just before.
+    A step of the optimizer that waits for their last gradients is done first. In front of what first reads one of them:
+    its backward, the last to add to their gradients, comes just before.
 
     Args:
         waited: what ``wait_gradients`` gave.

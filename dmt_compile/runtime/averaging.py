@@ -1,7 +1,8 @@
 """The way of dense gradients: added up bucket by bucket, beside the backward pass.
 
 A program gives a bucket's gradients away as soon as they exist (:meth:`Averaging.start`) and takes all of them back at
-the end of its backward pass (:meth:`Averaging.finish`).
+the end of its backward pass (:meth:`Averaging.finish`), or, where the optimizer's step can wait (``deferred_step.py``),
+when the next one reads what they change (:meth:`Averaging.settle`).
 
 Shape suffixes: P elements of a bucket, padded so that every rank has an equal part.
 """
