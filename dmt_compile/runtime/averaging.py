@@ -167,7 +167,7 @@ class Averaging:
         can_wait = {step_can_wait(parameter) for parameter in parameters}
         if len(can_wait) == 1:
             [self._finish_step] = can_wait
-        elif self._world is not None:
+        else:
             _warn_of_mixture()
         self._parameters = parameters if self.deferred else ()
 

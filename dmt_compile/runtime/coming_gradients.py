@@ -16,19 +16,19 @@ class ComingGradient(torch.Tensor):
     Shape, type and device can be asked at any time; any operation waits, and then works on the average itself, also in
     place. What it returns are ordinary tensors.
 
-    Attributes:
-        before_use: called before the first use by anyone but who set it; ``None`` for nothing.
+    Args:
+        like: the parameter that it is of; an optimizer's step on it that waits is done before anyone uses the gradient.
+        arrive: waits for the average and returns it; called once.
     """
 
-    before_use: Callable[[], None] | None
+    _finish_step: Callable[[], None] | None
     _arrive: Callable[[], torch.Tensor]
     _arrived: torch.Tensor | None
 
     @staticmethod
     def __new__(cls, like: torch.Tensor, arrive: Callable[[], torch.Tensor]) -> Self:
         coming = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
-        coming.before_use = coming._arrived = None
-        coming._arrive = arrive
+        coming._finish_step, coming._arrive, coming._arrived = step_can_wait(like), arrive, None
         return coming
 
     def __init__(self, like: torch.Tensor, arrive: Callable[[], torch.Tensor]) -> None:
@@ -50,9 +50,8 @@ class ComingGradient(torch.Tensor):
         return self._arrived
 
     def _value(self) -> torch.Tensor:
-        before, self.before_use = self.before_use, None
-        if before is not None:
-            before()
+        if self._finish_step is not None:
+            self._finish_step()
         return self.wait()
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -23,6 +23,8 @@ from dmt_compile.errors import ConfigError
 from dmt_compile.optim import RowWiseAdagrad
 from dmt_compile.runtime.coming_gradients import ComingGradient, let_step_wait, step_can_wait
 from dmt_compile.runtime.distributed_session import state_of
+from dmt_compile.runtime.session import compiled_model
+from dmt_compile.runtime.untrained import parameters_of
 
 # Each parameter's step is its own: some parameters now and the rest later is one step of all.
 _PARAMETER_BY_PARAMETER = frozenset(
@@ -63,10 +65,8 @@ class DeferredStep:
         due, self._due = self._due, None
         if due is None:
             return
-        now = [(group, _options(group)) for group, _ in due.options]
+        now = [(group, {name: group[name] for name in then}) for group, then in due.options]
         given = {parameter: coming.wait() for parameter, coming in due.gradients.items()}
-        for coming in due.gradients.values():
-            coming.before_use = None
         try:
             for group, then in due.options:
                 group.update(then)
@@ -87,17 +87,15 @@ class DeferredStep:
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do what can be done of a step without waiting; the rest waits for :meth:`finish`."""
         self.finish()
-        of_all = {p: p.grad for group in self._optimizer.param_groups for p in group["params"]}
+        of_all = {p: p.grad for p in parameters_of(self._optimizer)}
         coming = {p: g for p, g in of_all.items() if isinstance(g, ComingGradient) and g.under_way}
         if closure is not None or not coming or torch_internals.has_step_hooks(self._optimizer):
             return self._whole_step() if closure is None else self._whole_step(closure)
         with _gradients(self._optimizer, {p: g for p, g in of_all.items() if p not in coming and g is not None}):
             self._whole_step()
         self._due = _Due(coming, [(group, _options(group)) for group in self._optimizer.param_groups])
-        for gradient in coming.values():
-            gradient.before_use = self.finish
         for state in {id(s): s for s in map(state_of, coming) if s is not None}.values():
-            state.world.settle = self._settle
+            state.world.deferred.add(self._settle)
         return None
 
 
@@ -109,7 +107,7 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _gradients(optimizer: optim.Optimizer, given: Mapping[torch.Tensor, torch.Tensor]) -> Iterator[None]:
     """Let an optimizer see these gradients, and none of its other parameters."""
-    held = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
+    held = {p: p.grad for p in parameters_of(optimizer)}
     try:
         for parameter in held:
             parameter.grad = given.get(parameter)
@@ -145,15 +143,11 @@ def defer_step(optimizer: optim.Optimizer, compiled: nn.Module) -> DeferredStep:
 
     Cost: no bytes more; the gradients of the dense parameters stay in memory until their step is done.
     """
-    model = getattr(compiled, "_orig_mod", None)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"defer_step: expected what torch.compile(model, backend='dmt') returned, found {type(compiled).__name__}"
-        )
+    model = compiled_model(compiled, "defer_step")
     if type(optimizer) not in _PARAMETER_BY_PARAMETER:
         known = ", ".join(sorted(kind.__name__ for kind in _PARAMETER_BY_PARAMETER))
         raise ConfigError(f"defer_step: expected an optimizer of {known}, found {type(optimizer).__name__}")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = set(map(id, parameters_of(optimizer)))
     own = [parameter for parameter in model.parameters() if id(parameter) in held]
     if not own:
         raise ConfigError("defer_step: expected an optimizer of the model's parameters, found none of them in it")

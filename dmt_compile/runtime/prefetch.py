@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from dmt_compile.errors import ConfigError
 from dmt_compile.runtime.front import Coming, Front, cut_front, version_of
 from dmt_compile.runtime.program import Program, observing
-from dmt_compile.runtime.session import world_size
+from dmt_compile.runtime.session import compiled_model, world_size
 from dmt_compile.runtime.world import Execution, ProcessWorld, executing
 
 logger = logging.getLogger(__name__)
@@ -48,11 +47,7 @@ def prefetch(
 
     Cost: one batch more in memory. The first two steps show which program runs.
     """
-    model = getattr(compiled, "_orig_mod", None)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"prefetch: expected what torch.compile(model, backend='dmt') returned, found {type(compiled).__name__}"
-        )
+    model = compiled_model(compiled, "prefetch")
     return iter(loader) if world_size() == 1 else _ahead(loader, _Ahead(model), batch_of)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
+from torch import nn
 
 from dmt_compile import torch_internals
 from dmt_compile.capture import Capture
@@ -92,6 +93,20 @@ def plan_for(
         )
     given.check_tables(tables, elsewhere)
     return given
+
+
+def compiled_model(compiled: object, asking: str) -> nn.Module:
+    """Return the model of which ``torch.compile`` made a compiled module; ``asking``: who wants it, for the error.
+
+    Raises:
+        ConfigError: it is no compiled module.
+    """
+    model = getattr(compiled, "_orig_mod", None)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{asking}: expected what torch.compile(model, backend='dmt') returned, found {type(compiled).__name__}"
+        )
+    return model
 
 
 def world_size() -> int:

@@ -116,8 +116,7 @@ class ProcessWorld:
         ledger: bytes that this rank sent.
         waited_s: (collective, direction) -> seconds in which this rank did nothing but wait for it. Of NCCL's
             collectives, which are waited for on the GPU, it holds nothing.
-        settle: does a deferred optimizer step that waits, where someone is about to read parameters that are not final;
-            told whether it is a program that settles the parameters it trains itself.
+        deferred: what :meth:`settle` calls, of each optimizer whose steps on the model's parameters may wait.
         step: calls of programs so far; ``reported``: of those, what a report told.
 
     Creates process groups: a collective call, in the same order on every rank.
@@ -136,7 +135,7 @@ class ProcessWorld:
         self._store = torch_internals.default_store()
         self.step = self.reported = 0
         self.waited_s: dict[tuple[str, str], float] = defaultdict(float)
-        self.settle: Callable[[bool], None] = lambda trains: None
+        self.deferred: set[Callable[[bool], None]] = set()
         timeout = timedelta(seconds=limit_s)
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._members: dict[str, tuple[int, ...]] = {}
@@ -178,6 +177,15 @@ class ProcessWorld:
         other.name, other._tag, other.step, other.reported = "ahead", _AHEAD, 0, 0
         other.waited_s, other._later = defaultdict(float), []
         return other
+
+    def settle(self, trains: bool) -> None:
+        """Do the optimizers' steps that wait, since someone is about to read parameters.
+
+        Args:
+            trains: it is a program that does so itself, later, for the parameters that it trains.
+        """
+        for finish in self.deferred:
+            finish(trains)
 
     def later(self, task: Callable[[], Any]) -> None:
         """Call ``task`` when a forward pass next waits for its peers, which are on slow links, or ``run_later`` is."""

@@ -79,7 +79,10 @@ def test_copies_are_ordinary_tensors() -> None:
 
 def deferring(*parameters: torch.Tensor, lr: float | torch.Tensor = 1.0) -> tuple[torch.optim.Optimizer, DeferredStep]:
     optimizer = torch.optim.SGD(parameters, lr)
-    return optimizer, DeferredStep(optimizer)
+    deferred = DeferredStep(optimizer)
+    for parameter in parameters:
+        let_step_wait(parameter, deferred.finish)
+    return optimizer, deferred
 
 
 @pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)])
@@ -101,13 +104,16 @@ def test_a_step_is_done_with_the_options_of_when_it_was_asked_for(lr: float | to
     deferred.finish()
     assert (now.tolist(), later.tolist()) == ([-0.5] * 2, [-0.5] * 2)
     assert float(group["lr"]) == 8.0
+    if isinstance(lr, torch.Tensor):
+        assert group["lr"] is lr
     assert now.grad is None
     assert later.grad is None
 
 
 def test_a_step_comes_before_what_writes_to_its_gradient() -> None:
-    parameter, coming, _ = one(torch.ones(2))
+    parameter = torch.zeros(2, requires_grad=True)
     optimizer, deferred = deferring(parameter)
+    [coming] = coming_gradients([parameter], Arrival(torch.ones(2)))
     parameter.grad = coming
     deferred.step()
     optimizer.zero_grad(set_to_none=False)
@@ -118,8 +124,9 @@ def test_a_step_comes_before_what_writes_to_its_gradient() -> None:
 
 @pytest.mark.parametrize("what", ["closure", "hook", "gradient was read"])
 def test_a_step_that_others_watch_is_done_at_once(what: str) -> None:
-    parameter, coming, _ = one(torch.ones(2))
+    parameter = torch.zeros(2, requires_grad=True)
     optimizer, deferred = deferring(parameter)
+    [coming] = coming_gradients([parameter], Arrival(torch.ones(2)))
     parameter.grad = coming
     steps: list[int] = []
     if what == "hook":
