@@ -8,6 +8,7 @@ import itertools
 import linecache
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NoReturn
 
 import torch
@@ -341,7 +342,7 @@ def _drop_checks(gm: fx.GraphModule) -> None:
 def _own_path(model: nn.Module, flat_name: str, source: str) -> str:
     """Return where a parameter, buffer or plain tensor of a model is, as a dotted path."""
     try:
-        torch_internals.attribute(model, flat_name)
+        attrgetter(flat_name)(model)
     except AttributeError:
         return source.removeprefix("self.")
     return flat_name

@@ -11,12 +11,12 @@ what they select is found out by selecting from numbers, and a ``check_constant`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from dmt_compile import torch_internals
 from dmt_compile.ir.constant_ops import check_constant, digest_of
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, erase_unused, name_of
 from dmt_compile.ir.stages import Effect, Stage
@@ -96,7 +96,7 @@ class FuseInteraction(Pass):
         if buffer.op == "placeholder":
             value, name = ctx.parameters[buffer.name], ctx.flat_names[buffer.name]
         else:
-            value, name = torch_internals.attribute(gm, str(buffer.target)), str(buffer.target)
+            value, name = attrgetter(str(buffer.target))(gm), str(buffer.target)
         ctx.call(gm, check_constant, buffer, digest_of(value), name)
 
 

@@ -24,11 +24,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, ClassVar, cast
 
 from torch import fx
 
-from dmt_compile import torch_internals
 from dmt_compile.errors import ConfigError, UnsupportedGraphError
 from dmt_compile.ir import ops
 from dmt_compile.ir.embedding_graph import source_line
@@ -284,7 +284,7 @@ def _attribute(gm: fx.GraphModule, ctx: PassContext, path: str, after: fx.Node) 
         node = gm.graph.create_node("get_attr", target, (), {}, target.replace(".", "_"))
     node.meta["val"] = ctx.environment.derive(node, gm)
     assert ctx.towers is not None
-    ctx.parameters[node.name] = torch_internals.attribute(ctx.towers, path)
+    ctx.parameters[node.name] = attrgetter(path)(ctx.towers)
     ctx.flat_names[node.name] = target
     return node
 

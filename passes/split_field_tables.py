@@ -13,12 +13,12 @@ import operator
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from dmt_compile import torch_internals
 from dmt_compile.ir import ops
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, erase_unused
 from dmt_compile.ir.stages import Stage
@@ -93,7 +93,7 @@ class SplitFieldTables(Pass):
 
     def _evaluate(self, gm: fx.GraphModule, ctx: PassContext, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            return torch_internals.attribute(gm, str(node.target))
+            return attrgetter(str(node.target))(gm)
         if node.op == "placeholder":
             buffer = ctx.parameters.get(node.name)
             if buffer is None or isinstance(buffer, torch.nn.Parameter):

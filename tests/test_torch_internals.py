@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._guards import TracingContext
 from torch.nn import functional as F
 
 from dmt_compile import torch_internals
 from dmt_compile.ir.metadata import is_plain_lookup
+from dmt_compile.torch_internals import dynamo
 from tests.in_backward import attach
 
 LookUp = Callable[..., torch.Tensor]
@@ -113,7 +115,7 @@ def test_graph_and_guards_are_those_of_pytorchs_rule(
     seen: list[Any] = []
 
     def trace(gm: torch.fx.GraphModule) -> Callable[..., Any]:
-        context = torch_internals.TracingContext.try_get()
+        context = TracingContext.try_get()
         assert context is not None
         values = [node.meta.get("example_value") for node in gm.graph.nodes]
         tensors = [
@@ -126,8 +128,8 @@ def test_graph_and_guards_are_those_of_pytorchs_rule(
 
     monkeypatch.setattr("dmt_compile.backend.read_capture", trace)
     look_up, batch = PLAIN[name]
-    for rules in (torch_internals._rules, {}):
-        monkeypatch.setattr(torch_internals, "_rules", rules)
+    for rules in (dynamo._rules, {}):
+        monkeypatch.setattr(dynamo, "_rules", rules)
         torch._dynamo.reset()
         with torch.set_grad_enabled(training), pytest.raises(Exception, match="NotImplementedError"):
             compiled(look_up)(batch)
@@ -135,8 +137,8 @@ def test_graph_and_guards_are_those_of_pytorchs_rule(
 
 
 def test_a_rule_that_says_something_else_is_not_used(own: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    rule, applies = torch_internals._rules[F.embedding]
-    monkeypatch.setitem(torch_internals._rules, F.embedding, (lambda i, w: rule(i[1:], w), applies))
+    rule, applies = dynamo._rules[F.embedding]
+    monkeypatch.setitem(dynamo._rules, F.embedding, (lambda i, w: rule(i[1:], w), applies))
     look_up, batch = PLAIN["ids"]
     assert torch.equal(compiled(look_up)(batch), Model(look_up)(batch))
     assert len(own) == 3

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class FakeEnvironment:
             if op == "call_module":
                 module = gm.get_submodule(target)
                 return module.fake_call(self, *args) if hasattr(module, "fake_call") else module(*args, **kwargs)  # type: ignore[operator]
-            return self.adopt(torch_internals.attribute(gm, target))  # its sizes are what they are, not symbols
+            return self.adopt(attrgetter(target)(gm))  # its sizes are what they are, not symbols
 
     def annotate(self, gm: fx.GraphModule) -> None:
         """Give every node a value: Dynamo's, else one derived from its arguments'; placeholders keep what they have.

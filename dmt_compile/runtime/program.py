@@ -6,12 +6,12 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from dmt_compile import torch_internals
 from dmt_compile.ir import gradient_ops, id_ops
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.pipeline import PipelineReport
@@ -121,7 +121,7 @@ def fingerprint(gm: fx.GraphModule) -> int:
         text = _text((node.args, kwargs), numbers)
         shape = _static_shape(node.meta.get("val")) if node.op == "placeholder" else ""
         digest.update(f"{index} {node.op} {target} {text} {shape}\n".encode())
-        region = torch_internals.attribute(gm, str(node.target)) if node.op in ("call_module", "get_attr") else None
+        region = attrgetter(str(node.target))(gm) if node.op in ("call_module", "get_attr") else None
         if isinstance(region, DenseRegion):
             digest.update(str(fingerprint(region.graph_module)).encode())
     return int.from_bytes(digest.digest()[:8], "big") >> 2

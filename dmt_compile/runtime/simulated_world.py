@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -217,7 +218,7 @@ class _LockstepProgram:
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any, execution: Execution) -> Any:
         if node.op == "get_attr":
-            return torch_internals.attribute(self.gm, str(node.target))
+            return attrgetter(str(node.target))(self.gm)
         if node.op == "call_module":
             return self.gm.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":

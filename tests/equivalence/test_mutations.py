@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._guards import TracingContext
 
 from dmt_compile import SimulatedWorld, Topology, torch_internals
 from dmt_compile.errors import DmtError
@@ -683,7 +684,7 @@ def guards_of_the_model_are_dropped(patch: Patch) -> None:
 
     def all_of_them(checked: Any) -> None:
         drop(checked)
-        context = torch_internals.TracingContext.try_get()
+        context = TracingContext.try_get()
         assert context is not None
         context.fake_mode.shape_env.guards = []
 

@@ -1,7 +1,4 @@
-"""Every private API of PyTorch that dmt_compile touches, and nothing else.
-
-PyTorch moves these between minor versions; the rest of the package calls the names defined here. Tried on 2.11 to 2.13.
-"""
+"""How Dynamo analyses a frame: where graph inputs came from, which sizes are symbols, which rules give fake values."""
 
 from __future__ import annotations
 
@@ -9,36 +6,22 @@ import contextlib
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 import torch._dynamo
 import torch._dynamo.utils
-import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import Store
-from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.decorators import mark_unbacked, maybe_mark_dynamic
-from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import _config
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, _constrain_range_for_size
 from torch.utils._pytree import tree_leaves
 
-__all__ = [  # what others may import from here
-    "FakeTensor",
-    "FakeTensorMode",
-    "ShortenTraceback",
-    "Store",
-    "enable_python_dispatcher",
-]
-
-# ---------------------------------------------------------------------------------------------- Dynamo's graph inputs
+from dmt_compile.torch_internals.sizes import canonical_expression
 
 
 def source_of(placeholder: torch.fx.Node) -> Any | None:
@@ -116,9 +99,6 @@ def calling_modules() -> list[nn.Module]:
                 found.append(module)
         frame = frame.f_back  # type: ignore[assignment]
     return found
-
-
-# ------------------------------------------------------------------------------------------------------ dynamic shapes
 
 
 _marked: list[weakref.ref[torch.Tensor]] = []
@@ -224,52 +204,6 @@ def marked_dims(tensor: torch.Tensor) -> tuple[int, ...]:
     return dims
 
 
-def drop_needless_guards(checked: Sequence[Sequence[torch.Tensor]]) -> None:
-    """Drop guards of the present analysis that would only trace the same graph anew.
-
-    That dimension 0 is the same for the fake inputs of a group of ``checked``: the program checks it at each call.
-    Dynamo would trace anew for a batch that breaks it, and fail inside an operator on that rank alone. And that a size
-    is not 0 or 1 where only an operator's own shape rule asked, not the model: at torch level the operator is one node.
-
-    Call it once all metadata has been read.
-    """
-    groups = [{_symbol(tensor.shape[0]) for tensor in group} - {None} for group in checked]
-    context = TracingContext.try_get()
-    env = None if context is None or context.fake_mode is None else context.fake_mode.shape_env
-    if env is None:
-        return
-    for symbol in set().union(*groups):
-        env.replacements.pop(symbol, None)
-    env.guards = [guard for guard in env.guards if not _equates(guard.expr, groups) and not _asked_by_operator(guard)]
-    env._update_version_counter()
-    env._replacements_version_counter = getattr(env, "_replacements_version_counter", 0) + 1
-
-
-def _symbol(size: int | torch.SymInt) -> Any:
-    return size.node._expr if isinstance(size, torch.SymInt) else None
-
-
-def _equates(expression: Any, groups: Sequence[set[Any]]) -> bool:
-    return type(expression).__name__ == "Equality" and any(set(expression.args) <= symbols for symbols in groups)
-
-
-_SHAPE_RULES = (
-    "_decomp/decompositions.py",
-    "_meta_registrations.py",
-    "_refs/__init__.py",
-    "torch/functional.py",
-    "torch/nn/functional.py",
-)
-
-
-def _asked_by_operator(guard: Any) -> bool:
-    location = getattr(guard.sloc, "framework_loc", None)
-    file = str(getattr(location, "filename", location)).replace("\\", "/")
-    is_not = type(guard.expr).__name__ == "Unequality" and any(number in guard.expr.args for number in (0, 1))
-    refuses = str(getattr(location, "name", "")).startswith("_verify")  # batch norm of one value
-    return is_not and not refuses and any(rules in file for rules in _SHAPE_RULES)
-
-
 def mark_before_tracing(is_ours: Callable[[Any], bool], dims_of: Callable[[torch.Tensor], Sequence[int]]) -> None:
     """Mark the tensors among a frame's variables before Dynamo traces it for a backend of ours.
 
@@ -343,213 +277,3 @@ def unlimited_recompiles() -> contextlib.AbstractContextManager[Any]:
         recompile_limit=10**6, accumulated_recompile_limit=10**6
     )
     return lifted
-
-
-def is_fake(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor has no numbers; also of a wrapper around one, but not of what AOTAutograd traces with."""
-    return isinstance(getattr(tensor, "_local", tensor), FakeTensor)
-
-
-def written(tensor: torch.Tensor) -> int | None:
-    """Return how often a tensor was written to in place; ``None`` where nobody counts, as in inference mode."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def attribute(module: nn.Module, path: str) -> Any:
-    """Return the attribute at a dotted path, as a graph's ``get_attr`` node names it."""
-    value: Any = module
-    for atom in path.split("."):
-        value = getattr(value, atom)
-    return value
-
-
-def fake_mode() -> FakeTensorMode:
-    """Return a mode to derive values of symbolic sizes in, without the cache, which costs more there than it saves."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    mode.cache_enabled = False
-    return mode
-
-
-def fresh_size(mode: FakeTensorMode) -> torch.SymInt:
-    """Return a new symbolic size that nothing guards on.
-
-    Who asks whether it is 0 or 1 hears no: batch norm does, and what it asks for makes no other code for 0 and 1.
-    """
-    env = mode.shape_env
-    assert env is not None
-    size = env.create_unbacked_symint()
-    _constrain_range_for_size(size, min=2)
-    env.pending_fresh_unbacked_symbols.clear()  # the symbol is an input of ours, no operator's output has to bind it
-    return size
-
-
-def sizes_are_settled(value: FakeTensor) -> bool:
-    """Tell whether the sizes in Dynamo's graph hold without what else it assumed of them.
-
-    An equality that it could write into the sizes is settled, and bounds of one size change nothing. After any other,
-    such as that a batch has one sample, the size is still a symbol in one place and the number in another.
-    """
-    env = value.fake_mode.shape_env
-    if env is None:
-        return True
-    for guard in env.guards:
-        rest = env.simplify(guard.expr)
-        if not rest.free_symbols:
-            continue
-        if getattr(rest, "rel_op", "==") == "==" or not rest.args[0].is_Symbol or rest.args[1].free_symbols:
-            return False
-    return True
-
-
-def canonical_expression(size: int | torch.SymInt) -> Any:
-    """Return a size as a number or a simplified symbolic expression, comparable and hashable."""
-    if isinstance(size, int):
-        return size
-    return size.node.shape_env.simplify(size.node.expr)
-
-
-def size_from_expression(mode: FakeTensorMode, expression: Any) -> int | torch.SymInt:
-    """Return the size for an expression over symbols of ``mode``."""
-    if expression.is_number:
-        return int(expression)
-    assert mode.shape_env is not None
-    return mode.shape_env.create_symintnode(expression, hint=None)
-
-
-# ---------------------------------------------------------------------------------------------------------- parameters
-
-
-def swap_contents(parameter: torch.Tensor, replacement: torch.Tensor) -> None:
-    """Give ``parameter`` the class, data and autograd state of ``replacement``, keeping its Python identity and hooks.
-
-    As ``torch.utils.swap_tensors``, but allowed while weak references exist: Dynamo's tracer holds some when a backend
-    runs, and they go with the analysis that :func:`restart_analysis` ends.
-
-    Raises:
-        RuntimeError: something else, such as a live autograd graph, holds the parameter.
-    """
-    uses = parameter._use_count()  # type: ignore[attr-defined]
-    if uses > 1:
-        raise RuntimeError(f"the parameter is used {uses} times, by an autograd graph that is still alive")
-    attributes = dict(replacement.__dict__)
-    torch._C._swap_tensor_impl(parameter, replacement)
-    parameter.__class__ = replacement.__class__
-    parameter.__dict__.update(attributes)
-    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        hooks = getattr(parameter, name)  # Python's side stayed, autograd's went with the contents: set it anew
-        setattr(parameter, name, None)
-        setattr(parameter, name, hooks)
-
-
-# ------------------------------------------------------------------------------------------------------ dense compilers
-
-
-@contextlib.contextmanager
-def _own_tracing_context(mode: FakeTensorMode) -> Iterator[None]:
-    # Dynamo's context holds another fake mode; a region compiled in it fails with "Mixing fake modes".
-    with tracing(TracingContext(mode)):
-        yield
-
-
-def compile_with_inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Callable[..., Any]:
-    """Compile a graph for training or inference with Inductor; ``inputs`` are fakes of ``mode``."""
-    from torch._inductor.compile_fx import compile_fx
-
-    with _own_tracing_context(mode):
-        compiled: Callable[..., Any] = compile_fx(gm, list(inputs))  # type: ignore[assignment]
-        return compiled
-
-
-def aot_module(gm: torch.fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Callable[..., Any]:
-    """Trace forward and backward of a graph ahead of time and run them unfused; ``inputs`` are fakes of ``mode``."""
-    from torch._dynamo.backends.debugging import aot_eager
-
-    with _own_tracing_context(mode):
-        compiled: Callable[..., Any] = aot_eager(gm, list(inputs))
-        return compiled
-
-
-# --------------------------------------------------------------------------------------------------------- distributed
-
-
-def default_store() -> Store:
-    """Return the key-value store of the default process group."""
-    return dist.distributed_c10d._get_default_store()
-
-
-def backward_pass() -> int:
-    """Return a number of the backward pass that is running."""
-    return torch._C._current_graph_task_id()
-
-
-def all_gather_single(gathered: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> Any:
-    """Start to gather equal parts into one tensor."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the old name until torch 2.12
-    return gather(gathered, part, group=group, async_op=True)
-
-
-# -------------------------------------------------------------------------------------- optimizers in the backward pass
-
-
-def _in_backward() -> Any | None:
-    """Return the module of ``_apply_optimizer_in_backward``; ``None`` where nobody has imported it yet."""
-    return sys.modules.get("torch.distributed.optim.apply_optimizer_in_backward")
-
-
-def in_backward_optimizers(parameter: torch.Tensor) -> list[torch.optim.Optimizer]:
-    """Return the optimizers that ``_apply_optimizer_in_backward`` gave a parameter."""
-    return list(getattr(parameter, "_in_backward_optimizers", ()))
-
-
-def in_backward_node(parameter: torch.Tensor) -> Any | None:
-    """Return the autograd node that takes a parameter's gradient and runs its optimizers; ``None`` where none does."""
-    module = _in_backward()
-    if module is None or not module.param_to_optim_hook_handle_map.get(parameter):
-        return None
-    return module.param_to_acc_grad_map.get(parameter)
-
-
-def will_run(node: Any) -> bool:
-    """Tell whether the backward pass that is running gives a parameter's node its gradient."""
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # the pass gives gradients to its caller
-        return False
-
-
-def swap_in_backward(parameter: torch.Tensor, swap: Callable[[], None]) -> None:
-    """Run ``swap``, which gives a parameter other contents, and hook its optimizers to these.
-
-    The autograd node that has the hook belongs to the contents before, and holds them.
-    """
-    module = _in_backward()
-    if module is None or in_backward_node(parameter) is None:
-        swap()
-        return
-    for handle in module.param_to_optim_hook_handle_map.pop(parameter):
-        handle.remove()
-    del module.param_to_acc_grad_map[parameter]
-
-    def step(*_: Any) -> None:
-        for optimizer in in_backward_optimizers(parameter):
-            optimizer.step()
-        parameter.grad = None
-
-    try:
-        swap()
-    finally:
-        with torch.enable_grad():
-            node: Any = parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-        module.param_to_acc_grad_map[parameter] = node
-        module.param_to_optim_hook_handle_map[parameter] = [node.register_hook(step)]
-
-
-def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether something waits for an optimizer's steps."""
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
-
-
-def has_gradient_hooks(parameter: torch.Tensor, ours: Any) -> bool:
-    """Tell whether something but ``ours``, a handle or ``None``, waits for a parameter's gradient."""
-    after = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-    return bool(parameter._backward_hooks) or any(ours is None or key != ours.id for key in after)
