@@ -4,12 +4,19 @@
     pairs = products[:, rows, columns]                        one triangle, also of products that were flattened
     torch.cat([dense, pairs], dim=1)
 
-becomes one ``dmt::dot_interaction``, which never writes the (B, F, F). Indices may be made in the graph or be buffers;
-what they select is found out by selecting from numbers, and a ``check_constant`` holds a buffer to its values.
+becomes one ``dmt::dot_interaction``. In Triton it never writes the (B, F, F). On a CPU it is PyTorch's own operators
+still, of which the backward pass needs fewer: the gradients of the pairs are read into both triangles at once, so that
+one product with the vectors takes the place of two and their sum, and no zeros are written to be added to. Outputs are
+bitwise those before; gradients are other sums, as averages over several ranks are, and so one rank whose gradients are
+the eager model's bit for bit (``dense_compiler="eager"``) goes without it.
+
+Indices may be made in the graph or be buffers; what they select is found out by selecting from numbers, and a
+``check_constant`` holds a buffer to its values.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -21,7 +28,7 @@ from dmt_compile.ir.constant_ops import check_constant, digest_of
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, erase_unused, name_of
 from dmt_compile.ir.stages import Effect, Stage
 from dmt_compile.ir.triangles import NoTriangle, Triangle, find_triangle, is_written, own_product
-from dmt_compile.kernels.choice import REFERENCE, against, fails
+from dmt_compile.kernels.choice import REFERENCE, Choice, choose, fails
 from dmt_compile.kernels.dot_interaction.op import allows_tf32, supports, try_out
 
 
@@ -30,7 +37,7 @@ class FuseInteraction(Pass):
     """Replace products of all pairs and the selection of a triangle of them by one operator.
 
     Args:
-        kernels: which may compute it; by PyTorch's own operators nothing would be gained, and the graph stays as it is.
+        kernels: which may compute it; with ``"reference"`` the graph stays as it is.
     """
 
     kernels: str = "auto"
@@ -46,34 +53,47 @@ class FuseInteraction(Pass):
             return PassReport(changed=False)
         products = {node: vectors for node in gm.graph.nodes if (vectors := own_product(node)) is not None}
         skipped: list[tuple[str, str]] = []
-        triangles: list[Triangle] = []
+        found: list[tuple[Triangle, Choice, bool]] = []
         for product, vectors in products.items():
             try:
-                triangles.append(self._find(gm, ctx, product, vectors))
+                same_product = name_of(product) in {"bmm", "matmul"} and product.args[0] is vectors
+                found.append((*self._find(gm, ctx, product, vectors), same_product))
             except NoTriangle as reason:
                 skipped.append((product.name, str(reason)))
         checked: set[fx.Node] = set()
-        for triangle in triangles:
-            self._replace(gm, ctx, triangle, checked)
+        for triangle, choice, _ in found:
+            self._replace(gm, ctx, triangle, choice.kernel, checked)
         if not products:
             skipped.append(("graph", "no bmm, matmul or einsum of vectors with their own transpose"))
-        return PassReport(bool(triangles), len(triangles), tuple(skipped))
+        notes = tuple(f"{count} by {choice}" for choice, count in Counter(choice for _, choice, _ in found).items())
+        exact = ctx.topology.world_size > 1 and all(
+            choice.kernel == REFERENCE and same_product for _, choice, same_product in found
+        )
+        return PassReport(bool(found), len(found), tuple(skipped), Effect.EXACT if exact else None, notes)
 
-    def _find(self, gm: fx.GraphModule, ctx: PassContext, product: fx.Node, vectors: fx.Node) -> Triangle:
+    def _find(
+        self, gm: fx.GraphModule, ctx: PassContext, product: fx.Node, vectors: fx.Node
+    ) -> tuple[Triangle, Choice]:
         if any(name_of(node) == "_enter_autocast" for node in gm.graph.nodes):
             raise NoTriangle("autocast changes the type of its products")
         value = vectors.meta["val"]
-        reason = against("triton", self.kernels, value.device) or supports(value, None)
-        if reason is not None:
-            raise NoTriangle(reason)
-        found = find_triangle(gm, ctx, product, vectors)
-        count, width, how = int(value.shape[1]), int(value.shape[2]), (found.diagonal, found.upper)
+        choice = choose(self.kernels, value.device, {"triton": lambda: supports(value, None)})
+        if choice.kernel == REFERENCE and (self.kernels != "auto" or value.device.type != "cpu"):
+            raise NoTriangle(choice.rejected[0][1])
+        if choice.kernel == REFERENCE and ctx.topology.world_size == 1 and ctx.options.dense_compiler == "eager":
+            raise NoTriangle(f"gradients stay the eager model's, bit for bit; {choice.rejected[0][1]}")
+        triangle = find_triangle(gm, ctx, product, vectors)
+        if choice.kernel == REFERENCE:
+            return triangle, choice
+        count, width, how = int(value.shape[1]), int(value.shape[2]), (triangle.diagonal, triangle.upper)
         reason = fails("triton", lambda: try_out(count, width, how, value.dtype, value.device))
         if reason is not None:
             raise NoTriangle(reason)
-        return found
+        return triangle, choice
 
-    def _replace(self, gm: fx.GraphModule, ctx: PassContext, triangle: Triangle, checked: set[fx.Node]) -> None:
+    def _replace(
+        self, gm: fx.GraphModule, ctx: PassContext, triangle: Triangle, kernel: str, checked: set[fx.Node]
+    ) -> None:
         selected = triangle.selected
         join, parts = _join_of(triangle)
         place = parts.index(selected)
@@ -85,7 +105,7 @@ class FuseInteraction(Pass):
             leading = parts[place - 1] if place else None
             pairs = ctx.call(
                 gm, torch.ops.dmt.dot_interaction.default, triangle.vectors, leading, triangle.diagonal, triangle.upper,
-                "triton", allows_tf32(), like=selected,
+                kernel, allows_tf32(), like=selected,
             )  # fmt: skip
             joined = [*parts[: max(place - 1, 0)], pairs, *parts[place + 1 :]]
             result = ctx.call(gm, torch.cat, joined, 1, like=join) if len(joined) > 1 else pairs

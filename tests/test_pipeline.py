@@ -55,7 +55,6 @@ NOT_HERE = (
     "insert_tower_modules",
     "fuse_optimizers",
     "fold_joins",
-    "fuse_interaction",
     "fuse_cross",
     "select_kernels",
     "fold_permutes",

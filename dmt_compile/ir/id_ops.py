@@ -91,7 +91,7 @@ def pack_ids(
     if fault is not None:
         return ids[0].new_empty(0, dtype=dtype), header
     read = trim(ids, offsets, how)
-    counts = tuple(tuple(len(read[i]) for i in features) for features in layout.features_by_rank)
+    counts = tuple(tuple(read[i].numel() for i in features) for features in layout.features_by_rank)
     _announce(header, layout, execution.world.rank, bags, counts)
     jagged = [feature for feature, is_jagged in enumerate(layout.jagged) if is_jagged]
     bounds = dict(zip(jagged, bag_bounds(read, offsets, how, jagged), strict=True))
@@ -114,7 +114,7 @@ def plain_header() -> torch.Tensor:
 
 def _too_many(ids: Sequence[torch.Tensor], dtype: torch.dtype) -> Fault | None:
     """Return the first feature whose ids cannot be counted in the type that travels."""
-    numbers = [] if dtype == torch.int64 else [len(feature_ids) for feature_ids in ids]
+    numbers = [] if dtype == torch.int64 else [feature_ids.numel() for feature_ids in ids]
     return next((Fault(NUMBER, i, MOST_INT32, n) for i, n in enumerate(numbers) if n > MOST_INT32), None)
 
 

@@ -89,11 +89,11 @@ def find_fault(
         read = trim(ids, offsets, how)
         return next((Fault(OFFSETS, index, 0, len(read[index])) for index in jagged if len(read[index])), None)
     bags = bag_bounds(ids, offsets, how, jagged)
-    filled = [index for index, feature_ids in enumerate(ids) if len(feature_ids)]
+    filled = [index for index, feature_ids in enumerate(ids) if feature_ids.numel()]
     words = _lowest_and_highest([ids[index] for index in filled])
     if bags:
         bounds = torch.stack(bags)
-        ends_F = torch.tensor([len(ids[index]) for index in jagged], device=bounds.device)
+        ends_F = torch.tensor([ids[index].numel() for index in jagged], device=bounds.device)
         bad_offsets = (bounds.diff(dim=1) < 0).any() | (bounds[:, 0] != 0).any() | (bounds[:, -1] > ends_F).any()
         words.append(bad_offsets.long().reshape(1))
     report = torch.cat(words).tolist() if words else []
@@ -130,7 +130,7 @@ def _offsets_fault(jagged: Sequence[int], bags: Sequence[torch.Tensor], numbers_
 
 def number_of_bags(ids: torch.Tensor, offsets: torch.Tensor | None, how: Pooling) -> int:
     """Return B of one feature."""
-    return len(ids) if offsets is None else len(offsets) - how.last_offset
+    return ids.numel() if offsets is None else offsets.numel() - how.last_offset
 
 
 def bag_bounds(
@@ -143,7 +143,7 @@ def bag_bounds(
     made: dict[tuple[int, int, bool], torch.Tensor] = {}
     out = []
     for index in jagged:
-        starts, number, last = offsets[index], len(ids[index]), how[index].last_offset
+        starts, number, last = offsets[index], ids[index].numel(), how[index].last_offset
         assert starts is not None
         key = id(starts), number, last
         if key not in made:

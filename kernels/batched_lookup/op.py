@@ -127,12 +127,10 @@ class _BatchedLookup(torch.autograd.Function):
         owned = [feature for feature, feature_ids in enumerate(ids) if feature_ids is not None]
         locals_ = [local_of(table) for table in tables]
         dtype = functools.reduce(torch.promote_types, (local.dtype for local in locals_))
-        width = sum(width_of(locals_[feature], pooling[feature]) for feature in owned)
-        out_BW = locals_[0].new_empty(bags, width, dtype=dtype)
         lookups: list[_Lookup] = []
         together: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         saved: list[torch.Tensor] = []
-        column = 0
+        pieces: list[torch.Tensor] = []
         for feature in owned:
             table, local, how = tables[feature], locals_[feature], pooling[feature]
             block = table.block if isinstance(table, ShardedTable) else None
@@ -143,17 +141,18 @@ class _BatchedLookup(torch.autograd.Function):
                 kept = [ids_N] if offsets_B is None else [ids_N, offsets_B, *[ids_N.new_empty(0)] * 3]
             else:
                 kept, pooled = _forward(local, block, ids_N, offsets_B, weights[feature], how)
-                if len(owned) == 1:
-                    out_BW = pooled.to(dtype)
-                else:
-                    out_BW[:, column : column + pooled.shape[1]] = pooled
-                column += pooled.shape[1]
+                pieces.append(pooled)
             here = slice(len(saved), len(saved) + len(kept))
             rows, width = local.shape
             lookups.append(_Lookup(feature, how, rows, width, local.dtype, table.shape, block, here))
             saved += kept
         if together:
             out_BW = fbgemm.look_up(together, bags)
+        elif len(pieces) == 1:
+            out_BW = pieces[0].to(dtype)
+        else:
+            # Row by row: all pieces into one row, then into the next, which writes memory in order.
+            out_BW = torch.cat(pieces, dim=1).to(dtype) if pieces else locals_[0].new_empty(bags, 0, dtype=dtype)
         ctx.save_for_backward(*saved)
         ctx.lookups, ctx.inputs = lookups, len(tensors)
         ctx.elsewhere = {i: w.dtype for i, w in enumerate(weights) if w is not None and ids[i] is None}
@@ -222,7 +221,7 @@ def _forward(
     """Return what the backward pass needs, and the pooled rows."""
     if how.max_norm is not None:
         aten.embedding_renorm_(local, ids, how.max_norm, how.norm_type)
-    if offsets is None:
+    if offsets is None or _needs_no_bags(ids, offsets, weights, how):
         return [ids], aten.embedding(local, ids)
     padding = -1 if how.padding_counts else _padding_row(block, how)
     pooled, *rest = aten._embedding_bag(
@@ -231,6 +230,18 @@ def _forward(
     if weights is None:
         return [ids, offsets, *rest], pooled
     return [ids, offsets, *rest, weights, local], pooled
+
+
+def _needs_no_bags(ids: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, how: Pooling) -> bool:
+    """Tell whether each bag has one id and its row and gradient are what it pools to, on a CPU, where asking is cheap.
+
+    Rows then are read, and sparse gradients written, once and not twice.
+    """
+    if ids.device.type != "cpu" or len(ids) != len(offsets) or how.mode not in ("sum", "mean") or not how.sparse:
+        return False
+    if weights is not None or how.padding_idx is not None or how.scale_grad_by_freq:
+        return False
+    return torch.equal(offsets, torch.arange(len(offsets), dtype=offsets.dtype))
 
 
 def _columns(local: torch.Tensor, block: Block | None, how: Pooling) -> torch.Tensor:

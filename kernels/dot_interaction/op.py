@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from dmt_compile.kernels import triton_support
 from dmt_compile.kernels.dot_interaction import reference
@@ -132,3 +133,10 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
+
+
+@register_flop_formula([torch.ops.dmt.dot_interaction, torch.ops.dmt.dot_interaction_backward])
+def _flops(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Count, for ``FlopCounterMode``, the one product of F x F, as bmm of both would be counted."""
+    samples, vectors, columns = next(shape for shape in shapes if shape is not None and len(shape) == 3)
+    return 2 * samples * vectors * vectors * columns  # type: ignore[no-any-return]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.kernels.batched_lookup import reference
@@ -176,6 +180,48 @@ def test_one_id_a_bag_is_an_embedding(samples: int, sparse: bool, padding_idx: i
         (unscaled,) = gradients(batched_lookup(*arguments[:3], plain, samples), tables[1:2])
         often = ids[1].bincount(minlength=len(tables[1])).clamp(min=1)
         torch.testing.assert_close(mine, unscaled / often[:, None])
+
+
+class Bags(TorchDispatchMode):
+    """Counts how often ids are read as bags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times += func is torch.ops.aten._embedding_bag.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("how", "starts", "bags"),
+    [
+        (Pooling("sum", True), range(127), 0),
+        (Pooling("mean", True), range(127), 0),
+        (Pooling("sum", True), [0, *range(126)], 1),  # as many bags as ids, the first one empty
+        (Pooling("mean", True), [*range(126), 127], 1),
+        (Pooling("sum", True, padding_idx=2), range(127), 1),
+        (Pooling("sum", True, scale_grad_by_freq=True), range(127), 1),
+        (Pooling("sum", False), range(127), 1),
+        (Pooling("max", False), range(127), 1),
+    ],
+)
+def test_bags_of_one_id_are_read_as_rows(how: Pooling, starts: Sequence[int], bags: int, id_dtype: torch.dtype) -> None:
+    table = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ids = torch.randint(0, 9, (127,), generator=torch.Generator().manual_seed(1)).to(id_dtype)
+    offsets = torch.tensor(starts, dtype=id_dtype)
+    with Bags() as counted:
+        mine = batched_lookup([table], [ids], [offsets], (how,), 127)
+    assert counted.times == bags
+    if how.scale_grad_by_freq and how.sparse:
+        return  # PyTorch has no such gradient
+    theirs = torch.nn.functional.embedding_bag(
+        ids, table, offsets, mode=how.mode, sparse=how.sparse, padding_idx=how.padding_idx
+    )
+    assert torch.equal(mine, theirs)
+    assert_same_gradient(*(gradients(out, [table])[0] for out in (mine, theirs)))
 
 
 @pytest.mark.parametrize("mode", MODES)

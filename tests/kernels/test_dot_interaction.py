@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dmt_compile.kernels import triton_support
 from dmt_compile.kernels.dot_interaction.op import allows_tf32, dot_interaction, supports
@@ -89,6 +90,28 @@ def test_gradients_of_the_reference(diagonal: bool, upper: bool, width: int) -> 
     vectors, leading = inputs((2, 4, 3, width), torch.float64, torch.device("cpu"))
     given = (vectors,) if leading is None else (vectors, leading)
     assert torch.autograd.gradcheck(lambda v, e=None: dot_interaction(v, e, diagonal, upper), given)
+
+
+@pytest.mark.parametrize(("diagonal", "upper"), ORDERS)
+def test_one_vector_has_no_pair_but_itself(diagonal: bool, upper: bool) -> None:
+    vectors, leading = inputs((3, 1, 4, 2), torch.float64, torch.device("cpu"))
+    assert torch.autograd.gradcheck(lambda v, e: dot_interaction(v, e, diagonal, upper), (vectors, leading))
+
+
+def test_gradients_that_are_not_finite_stay_in_their_sample() -> None:
+    vectors, _ = inputs((3, 4, 5, 0), torch.float64, torch.device("cpu"))
+    out = dot_interaction(vectors)
+    grad = torch.ones_like(out)
+    grad[1] = torch.inf
+    (found,) = torch.autograd.grad(out, vectors, grad)
+    assert [bool(sample.isfinite().all()) for sample in found] == [True, False, True]
+
+
+def test_flops_are_counted() -> None:
+    vectors, _ = inputs((3, 4, 5, 0), torch.float64, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counted:
+        dot_interaction(vectors).sum().backward()
+    assert counted.get_total_flops() == 2 * (2 * 3 * 4 * 4 * 5)
 
 
 def test_there_is_no_second_derivative() -> None:

@@ -456,6 +456,34 @@ def test_the_reference_changes_nothing() -> None:
     assert graph.code() == before
 
 
+@pytest.mark.parametrize("dense_compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("topology", ["1x1", "2x2"])
+def test_on_a_cpu_the_operators_stay_pytorchs(topology: str, dense_compiler: str) -> None:
+    graph = dlrm(topology, dense_compiler=dense_compiler)
+    graph.advance("fold_joins")
+    expected = numbers(graph) if topology == "1x1" else []
+    report = FuseInteraction().run(graph.gm, graph.ctx)
+    graph.gm.recompile()
+    verify(graph.gm, graph.ctx, FuseInteraction.gives, FuseInteraction.name)
+    if (topology, dense_compiler) == ("1x1", "eager"):
+        assert (report.changed, report.matched) == (False, 0)
+        assert [why for _, why in report.skipped] == [
+            "gradients stay the eager model's, bit for bit; Triton's interpreter is for tests; ask for it with "
+            "kernels='triton'"
+        ]
+        return
+    assert report.matched == 1
+    assert report.notes == (
+        "1 by reference; not triton: Triton's interpreter is for tests; ask for it with kernels='triton'",
+    )
+    assert report.effect is (Effect.EXACT if topology == "2x2" else None)
+    for index, (mine, theirs) in enumerate(zip(numbers(graph) if expected else [], expected, strict=True)):
+        if index:
+            assert_reordered(mine, theirs, LONGEST, gradient=True)
+        else:
+            assert torch.equal(mine, theirs)
+
+
 def test_a_model_without_products_says_so() -> None:
     report = fuse(dense())
     assert [why for _, why in report.skipped] == ["no bmm, matmul or einsum of vectors with their own transpose"]
