@@ -229,11 +229,7 @@ def _sptt_flops(kind: str, hosts: int) -> float:
     """Return the MFlops a sample of the lowered program, with the model's own products, on hosts of one rank each."""
     model = make(kind, tuple(min(rows, 8) for rows in CRITEO_ROWS))
     world, batches = dmt_compile.SimulatedWorld(f"{hosts}x1"), [make_batch()] * hosts
-    options: dict[str, Any] = {
-        "dense_compiler": "eager",
-        "kernels": "reference",
-        "verify": False,
-    }  # the model's products
+    options: dict[str, Any] = {"dense_compiler": "eager", "kernels": "reference", "verify": False}
     world.run(model, batches, **options)
     with Flops() as counted:
         outputs = world.run(model, batches, **options)

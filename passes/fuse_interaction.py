@@ -66,8 +66,10 @@ class FuseInteraction(Pass):
         if not products:
             skipped.append(("graph", "no bmm, matmul or einsum of vectors with their own transpose"))
         notes = tuple(f"{count} by {choice}" for choice, count in Counter(choice for _, choice, _ in found).items())
-        exact = ctx.topology.world_size > 1 and all(
-            choice.kernel == REFERENCE and same_product for _, choice, same_product in found
+        exact = (
+            bool(found)
+            and ctx.topology.world_size > 1
+            and all(choice.kernel == REFERENCE and same_product for _, choice, same_product in found)
         )
         return PassReport(bool(found), len(found), tuple(skipped), Effect.EXACT if exact else None, notes)
 

@@ -13,7 +13,6 @@ import operator
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -93,7 +92,7 @@ class SplitFieldTables(Pass):
 
     def _evaluate(self, gm: fx.GraphModule, ctx: PassContext, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            return attrgetter(str(node.target))(gm)
+            return operator.attrgetter(str(node.target))(gm)
         if node.op == "placeholder":
             buffer = ctx.parameters.get(node.name)
             if buffer is None or isinstance(buffer, torch.nn.Parameter):

@@ -10,7 +10,6 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -154,7 +153,7 @@ def _value(
 ) -> Any:
     """Return what a node of indices, or of a selection, is on the CPU for a batch of so many samples."""
     if node.op in ("placeholder", "get_attr"):
-        tensor = ctx.parameters[node.name] if node.op == "placeholder" else attrgetter(str(node.target))(gm)
+        tensor = ctx.parameters[node.name] if node.op == "placeholder" else operator.attrgetter(str(node.target))(gm)
         if tensor.is_meta:
             raise OnMeta
         return tensor.detach().cpu()
