@@ -76,22 +76,29 @@ class FuseInteraction(Pass):
     def _find(
         self, gm: fx.GraphModule, ctx: PassContext, product: fx.Node, vectors: fx.Node
     ) -> tuple[Triangle, Choice]:
+        value = vectors.meta["val"]
+        choice = self._choose(gm, ctx, value)
+        triangle = find_triangle(gm, ctx, product, vectors)
+        if choice.kernel != REFERENCE:
+            count, width, how = int(value.shape[1]), int(value.shape[2]), (triangle.diagonal, triangle.upper)
+            reason = fails(choice.kernel, lambda: try_out(count, width, how, value.dtype, value.device))
+            if reason is not None:
+                raise NoTriangle(reason)
+        return triangle, choice
+
+    def _choose(self, gm: fx.GraphModule, ctx: PassContext, vectors: torch.Tensor) -> Choice:
+        """Return what computes the products of these vectors, or raise why the graph stays as it is."""
         if any(name_of(node) == "_enter_autocast" for node in gm.graph.nodes):
             raise NoTriangle("autocast changes the type of its products")
-        value = vectors.meta["val"]
-        choice = choose(self.kernels, value.device, {"triton": lambda: supports(value, None)})
-        if choice.kernel == REFERENCE and (self.kernels != "auto" or value.device.type != "cpu"):
-            raise NoTriangle(choice.rejected[0][1])
-        if choice.kernel == REFERENCE and ctx.topology.world_size == 1 and ctx.options.dense_compiler == "eager":
-            raise NoTriangle(f"gradients stay the eager model's, bit for bit; {choice.rejected[0][1]}")
-        triangle = find_triangle(gm, ctx, product, vectors)
-        if choice.kernel == REFERENCE:
-            return triangle, choice
-        count, width, how = int(value.shape[1]), int(value.shape[2]), (triangle.diagonal, triangle.upper)
-        reason = fails("triton", lambda: try_out(count, width, how, value.dtype, value.device))
-        if reason is not None:
-            raise NoTriangle(reason)
-        return triangle, choice
+        choice = choose(self.kernels, vectors.device, {"triton": lambda: supports(vectors, None)})
+        if choice.kernel != REFERENCE:
+            return choice
+        [(_, against_triton), *_] = choice.rejected
+        if self.kernels != "auto" or vectors.device.type != "cpu":
+            raise NoTriangle(against_triton)
+        if ctx.topology.world_size == 1 and ctx.options.dense_compiler == "eager":
+            raise NoTriangle(f"gradients stay the eager model's, bit for bit; {against_triton}")
+        return choice
 
     def _replace(
         self, gm: fx.GraphModule, ctx: PassContext, triangle: Triangle, kernel: str, checked: set[fx.Node]
