@@ -46,7 +46,8 @@ class ComingGradient(torch.Tensor):
             CollectiveError: a rank did not arrive within the time limit, or broke off.
         """
         if self._arrived is None:
-            self._arrived = self._arrive()
+            # No view, as autograd's gradients are none: Dynamo looks at them, and cannot name the sizes of a view's base.
+            self._arrived = self._arrive().detach()
         return self._arrived
 
     def _value(self) -> torch.Tensor:

@@ -216,6 +216,50 @@ def two_optimizers(rank: int) -> bool:
     return any(isinstance(p.grad, ComingGradient) for p in model.parameters())
 
 
+class InTwoGraphs(DLRM):
+    """A model of two programs: a graph break stands in front of the over-arch."""
+
+    def __init__(self) -> None:
+        super().__init__(dims=(8, 4, 4, 4, 4))
+
+    def forward(self, dense: torch.Tensor, ids: list[torch.Tensor], offsets: list[torch.Tensor]) -> torch.Tensor:
+        looked_up = [table(i, o) for table, i, o in zip(self.emb, ids, offsets, strict=True)]
+        joined = torch.cat([self.bottom(dense), *looked_up], dim=1)
+        torch._dynamo.graph_break()
+        return self.top(joined).squeeze(1)
+
+
+def optimizers_of_two_programs(rank: int) -> tuple[bool, list[bool]]:
+    """Train and evaluate in turn with an optimizer for each of a model's two programs, deferred and not.
+
+    Returns:
+        Whether the outputs are equal, and of each step asked for whether it was deferred.
+    """
+    seen, late = [], []
+    for deferred in (False, True):
+        torch.manual_seed(0)
+        model = InTwoGraphs()
+        step_model = compiled(model, topology="1x2")
+        parts = [[*model.emb.parameters(), *model.bottom.parameters()], [*model.top.parameters()]]
+        optimizers = [torch.optim.SGD(part, 0.1) for part in parts]
+        waiting = [dmt_compile.defer_step(o, step_model) for o in optimizers] if deferred else []
+        generator = torch.Generator().manual_seed(rank)
+        outputs = []
+        for _ in range(3):
+            batch = make_batch(model, 3, generator)
+            outputs.append(step_model(*batch))
+            outputs[-1].square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            late += [step._due is not None for step in waiting]
+            with torch.no_grad():
+                outputs.append(step_model(*batch))
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+        seen.append(outputs)
+    return all(torch.equal(a, b) for a, b in zip(*seen, strict=True)), late
+
+
 def a_rank_that_ends(rank: int) -> str:
     """End rank 1 between its deferred step and the next; return the error of the others."""
     torch.manual_seed(0)

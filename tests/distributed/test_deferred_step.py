@@ -41,6 +41,12 @@ def test_nothing_is_deferred_where_an_optimizer_holds_some_dense_parameters_alon
     assert values(run_ranks(deferring.two_optimizers, 2)) == [False] * 2
 
 
+def test_two_optimizers_of_a_model_of_two_programs() -> None:
+    for equal, late in values(run_ranks(deferring.optimizers_of_two_programs, 2)):
+        assert equal
+        assert late == [True] * 6
+
+
 def test_a_rank_that_ends_after_its_step_is_a_named_error_on_the_others() -> None:
     outcomes = run_ranks(deferring.a_rank_that_ends, 4)
     for rank in (0, 2, 3):
