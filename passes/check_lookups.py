@@ -133,7 +133,7 @@ class CheckLookups(Pass):
                 if offsets[index] is not None:
                     lookup.update_arg(2, ctx.call(gm, operator.getitem, check, len(lookups) + index, like=lookup))
             lookup.update_arg(4, how[index]._replace(last_offset=False))
-            lookup.meta["val"] = ctx.environment.derive(lookup, gm)
+            ctx.environment.record(lookup, gm)
 
     def _has_samples(self, node: fx.Node, size: Any, ctx: PassContext) -> bool:
         value = node.meta["val"]

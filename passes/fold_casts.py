@@ -39,7 +39,7 @@ class FoldCasts(Pass):
                 continue
             exchange.kwargs = {**exchange.kwargs, "dtype": lookup.meta["val"].dtype}
             lookup.kwargs = {**lookup.kwargs, "out_dtype": CASTS[forms[0]]}
-            lookup.meta["val"] = ctx.environment.derive(lookup, gm)
+            ctx.environment.record(lookup, gm)
             matched += 1
         return PassReport(bool(matched), matched, tuple(skipped))
 

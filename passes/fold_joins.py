@@ -120,7 +120,7 @@ class FoldJoins(Pass):
         lists = [[values[index] for index in order] for values in (tables, ids, offsets, weights, pooling, widths)]
         fused.args = (*lists[:4], tuple(lists[4]), route)
         split.args = (fused, None, tuple(lists[5]))
-        split.meta["val"] = ctx.environment.derive(split, gm)
+        ctx.environment.record(split, gm)
         for item in list(split.users):
             item.update_arg(1, places[cast(int, item.args[1])])
         return True

@@ -269,7 +269,7 @@ def _send(
         out = inline(gm, ctx, tower.module, name, embs, lambda path: _attribute(gm, ctx, f"{name}.{path}", last))
     else:
         out = gm.graph.call_module(f"{NAME}.{name}", (embs,))
-        out.meta["val"] = ctx.environment.derive(out, gm)
+        ctx.environment.record(out, gm)
     sent: fx.Node = ctx.call(gm, ops.tower_output, out, name, like=start)
     return sent
 
@@ -282,7 +282,7 @@ def _attribute(gm: fx.GraphModule, ctx: PassContext, path: str, after: fx.Node) 
             return cast(fx.Node, node)
     with gm.graph.inserting_after(after):
         node = gm.graph.create_node("get_attr", target, (), {}, target.replace(".", "_"))
-    node.meta["val"] = ctx.environment.derive(node, gm)
+    ctx.environment.record(node, gm)
     assert ctx.towers is not None
     ctx.parameters[node.name] = attrgetter(path)(ctx.towers)
     ctx.flat_names[node.name] = target
@@ -290,10 +290,12 @@ def _attribute(gm: fx.GraphModule, ctx: PassContext, path: str, after: fx.Node) 
 
 
 def _derive_again(gm: fx.GraphModule, ctx: PassContext, stale: set[fx.Node] | None = None) -> None:
-    """Bring the metadata of all nodes but the stale ones up to date."""
+    """Bring the metadata of all nodes but the stale ones up to date, where what they are derived from has changed."""
     for node in gm.graph.nodes:
-        if node.op not in ("placeholder", "get_attr", "output") and node not in (stale or ()):
-            node.meta["val"] = ctx.environment.derive(node, gm)
+        if node.op in ("placeholder", "get_attr", "output") or node in (stale or ()):
+            continue
+        if not ctx.environment.trusted(node):
+            ctx.environment.record(node, gm)
 
 
 def _with_widths(

@@ -147,7 +147,7 @@ class LowerToSptt(Pass):
                     lookup.update_arg(2, call(operator.getitem, bags_of, 2 * index + 1))
                 lookup.update_arg(3, factors[index])
             lookup.update_arg(4, how[index]._replace(last_offset=False, scale_grad_by_freq=False))  # type: ignore[index, union-attr]
-            lookup.meta["val"] = ctx.environment.derive(lookup, gm)
+            ctx.environment.record(lookup, gm)
         with gm.graph.inserting_after(lookups[-1]):
             anchor = gm.graph.call_function(operator.getitem, (bags_of, 0))  # marks the place; erased below
         # What reads a feature as it is, apart from its tower.

@@ -42,7 +42,8 @@ def inline(
             return copies[node.args[0]]
         else:
             copies[node] = gm.graph.node_copy(node, lambda n: copies[n])
-            copies[node].meta = {"val": ctx.environment.derive(copies[node], gm)}
+            copies[node].meta = {}
+            ctx.environment.record(copies[node], gm)
     raise AssertionError("a graph ends in its output")
 
 

@@ -81,6 +81,11 @@ class FakeEnvironment:
         kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
         return self.call(node.op, node.target, args, kwargs, gm)
 
+    def record(self, node: fx.Node, gm: fx.GraphModule) -> None:
+        """Give a node the value derived from its arguments', which needs not be derived again to be trusted."""
+        node.meta["val"] = self.derive(node, gm)
+        self.trust(node)
+
     def call(self, op: str, target: Any, args: Any, kwargs: Any, gm: fx.GraphModule) -> Any:
         """Return the value of calling a node's target on fake values."""
         operator = OPERATORS.get(target) if op == "call_function" else None
@@ -119,7 +124,7 @@ class FakeEnvironment:
                 if "val" not in node.meta:
                     node.meta["val"] = adopt(node.meta["example_value"], self.adopt)
             elif node.op == "get_attr" or not settled or "example_value" not in node.meta:
-                node.meta["val"] = self.derive(node, gm)
+                self.record(node, gm)
             else:
                 node.meta["val"] = tree_map(lambda leaf: adopt(leaf, self._adopt_result), node.meta["example_value"])
                 self.trust(node)

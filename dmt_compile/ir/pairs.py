@@ -77,7 +77,7 @@ def select_pairs(
         return call(torch.flatten, products, 1)
     diagonal, device = -1 if pairs.kind == "distinct" else 0, products.meta["val"].device
     indices = gm.graph.call_function(torch.tril_indices, (vectors, vectors, diagonal), {"device": device})
-    indices.meta["val"] = ctx.environment.derive(indices, gm)
+    ctx.environment.record(indices, gm)
     rows, columns = (call(operator.getitem, indices, i) for i in range(2))
     return call(operator.getitem, products, (slice(None), rows, columns))
 

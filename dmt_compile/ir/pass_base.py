@@ -89,7 +89,7 @@ class PassContext:
     def call(self, gm: fx.GraphModule, target: Callable[..., Any], *args: Any, like: fx.Node | None = None) -> fx.Node:
         """Insert a call at the graph's insertion point, with its metadata; ``like`` gives the user's source line."""
         node = gm.graph.call_function(target, args)
-        node.meta["val"] = self.environment.derive(node, gm)
+        self.environment.record(node, gm)
         if like is not None and "stack_trace" in like.meta:
             node.meta["stack_trace"] = like.meta["stack_trace"]
         return node

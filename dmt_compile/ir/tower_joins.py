@@ -98,7 +98,7 @@ def _own_chain(
     copies = {lookup: piece}
     for node in chain:
         copies[node] = gm.graph.node_copy(node, lambda n: copies.get(n, n))
-        copies[node].meta["val"] = ctx.environment.derive(copies[node], gm)
+        ctx.environment.record(copies[node], gm)
     vector = copies[end]
     return vector if vector.meta["val"].ndim == 2 else ctx.call(gm, torch.flatten, vector, 1, like=end)
 
