@@ -46,7 +46,7 @@ class ComingGradient(torch.Tensor):
             CollectiveError: a rank did not arrive within the time limit, or broke off.
         """
         if self._arrived is None:
-            # No view, as autograd's gradients are none: Dynamo looks at them, and cannot name the sizes of a view's base.
+            # As autograd's gradients, no view: Dynamo looks at them, and could not name the sizes of a view's base.
             self._arrived = self._arrive().detach()
         return self._arrived
 
