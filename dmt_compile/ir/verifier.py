@@ -39,7 +39,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "metadata",
         Stage.CAPTURED,
-        "Each node's recorded shape, dtype and device are those derived anew.",
+        "Each node's recorded shape, dtype and device are those that its target gives for its arguments.",
         graph.metadata,
     ),
     Rule("parameters", Stage.CAPTURED, "Graph inputs and flat parameter names are one to one.", graph.parameters),
