@@ -93,7 +93,7 @@ class FuseInteraction(Pass):
         choice = choose(self.kernels, vectors.device, {"triton": lambda: supports(vectors, None)})
         if choice.kernel != REFERENCE:
             return choice
-        [(_, against_triton), *_] = choice.rejected
+        against_triton = choice.rejected[0][1]
         if self.kernels != "auto" or vectors.device.type != "cpu":
             raise NoTriangle(against_triton)
         if ctx.topology.world_size == 1 and ctx.options.dense_compiler == "eager":

@@ -79,10 +79,8 @@ def values(outcomes: list[Outcome]) -> list[Any]:
 def _rank(
     rank: int, world: int, port: int, sender: Any, environ: dict[str, str], function: Any, args: tuple[Any, ...]
 ) -> None:
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), **environ})
     start = time.monotonic()
     try:

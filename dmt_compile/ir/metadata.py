@@ -82,7 +82,7 @@ class FakeEnvironment:
         return self.call(node.op, node.target, args, kwargs, gm)
 
     def record(self, node: fx.Node, gm: fx.GraphModule) -> None:
-        """Give a node the value derived from its arguments', which needs not be derived again to be trusted."""
+        """Give a node the value derived from its arguments', which need not be derived again to be trusted."""
         node.meta["val"] = self.derive(node, gm)
         self.trust(node)
 

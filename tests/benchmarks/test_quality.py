@@ -42,8 +42,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setitem(SETTINGS, (model, "made_up"), SMALL)
 
     def start(*arguments: str) -> list[dict[str, Any]]:
-        threads = str(torch.get_num_threads())
-        quality.main(["--out", str(tmp_path / "results.jsonl"), "--threads", threads, *arguments])
+        quality.main(["--out", str(tmp_path / "results.jsonl"), *arguments])
         return [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
 
     return start

@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_dlrm.py"
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
-        env=dict(os.environ, OMP_NUM_THREADS="1", **environment),
+        env=dict(os.environ, **environment),
         capture_output=True,
         text=True,
     )
