@@ -1,8 +1,9 @@
-"""What holds for every test: which run here, Triton without a GPU, hypothesis without chance, fewer collections."""
+"""What holds for every test: which run here, Triton without a GPU, hypothesis without chance, and what saves time."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import os
 
 # Tests run side by side, one a core, and so do the processes that they start: more threads would spin, waiting for each
@@ -16,6 +17,10 @@ import torch
 # Without a GPU kernels run in Triton's interpreter, which has to be asked for before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# pytest adds its handlers to loggers that do not propagate, and PyTorch then writes its trace, stacks included, for no
+# reader: a tenth of the time to compile.
+logging.getLogger("torch.__trace").propagate = True
 
 # Same examples in every run, and no timed assertion on a machine that others use as well.
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)

@@ -17,11 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_COMPILING = [
-    *("torch._dynamo.backends.debugging", "torch._dynamo.backends.distributed", "torch._functorch.aot_autograd"),
-    *("torch._inductor.codecache", "torch.export", "torch.distributed.tensor.experimental", "sympy.tensor.tensor"),
-]
-_context.set_forkserver_preload(["torch", "dmt_compile", "tests.models", *_COMPILING])
+_context.set_forkserver_preload(["tests.compiled_once"])
 
 
 @dataclass

@@ -557,8 +557,9 @@ class Breaking(nn.Module):
 
 def tracing_settings() -> tuple[Any, ...]:
     """Return what the backend sets while Dynamo analyses a frame of its own."""
-    sizes = torch.fx.experimental._config
-    return sizes.backed_size_oblivious, sizes.use_duck_shape, torch._dynamo.config.capture_scalar_outputs
+    sizes, dynamo = torch.fx.experimental._config, torch._dynamo.config
+    of_sizes = sizes.backed_size_oblivious, sizes.use_duck_shape
+    return *of_sizes, dynamo.capture_scalar_outputs, dynamo.fake_tensor_cache_enabled
 
 
 @pytest.mark.parametrize(

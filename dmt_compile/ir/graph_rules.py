@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,8 +31,14 @@ def lint(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
         yield str(error).splitlines()[0]
 
 
+def _known(gm: fx.GraphModule) -> Callable[[Any], bool]:
+    """Return what tells the symbols that stem from the graph's inputs; it looks at these once it is asked."""
+    symbols = functools.cache(lambda: set().union(*(symbols_of(n.meta.get("val")) for n in placeholders(gm))))
+    return lambda symbol: symbol in symbols()
+
+
 def metadata(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
-    known = set().union(*(symbols_of(n.meta.get("val")) for n in placeholders(gm)), set())
+    known = _known(gm)
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
@@ -48,7 +55,7 @@ def metadata(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
         except Exception as error:
             yield f"{node.name} does not accept its arguments: {str(error).splitlines()[0]}"
             continue
-        if not same(node.meta["val"], derived, lambda symbol: symbol in known):
+        if not same(node.meta["val"], derived, known):
             yield f"{node.name} is recorded as {describe(node.meta['val'])} but gives {describe(derived)}"
         ctx.environment.trust(node)
 
@@ -69,9 +76,8 @@ def inputs(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
 
 
 def outputs(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
-    known = set().union(*(symbols_of(n.meta.get("val")) for n in placeholders(gm)), set())
     given = fx.map_arg(_output(gm).args[0], lambda n: n.meta.get("val"))
-    if not same(ctx.captured_outputs, given, lambda symbol: symbol in known):
+    if not same(ctx.captured_outputs, given, _known(gm)):
         yield f"the outputs are {describe(given)}, expected {describe(ctx.captured_outputs)}"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dmt_compile import torch_internals
 from dmt_compile.ir.ops import OPERATORS, FreshSizes, fake_rows, requires_grad
@@ -237,13 +237,9 @@ def _same_size(a: Any, b: Any, known: Callable[[Any], bool]) -> bool:
 def symbols_of(value: Any) -> set[Any]:
     """Return the symbols in the sizes of a value."""
     found: set[Any] = set()
-
-    def visit(leaf: Any) -> Any:
+    for leaf in tree_leaves(value):
         sizes = tuple(leaf.shape) if isinstance(leaf, FakeTensor) else (leaf,) if isinstance(leaf, torch.SymInt) else ()
         for size in sizes:
             expression = torch_internals.canonical_expression(size)
             found.update(getattr(expression, "free_symbols", ()))
-        return leaf
-
-    tree_map(visit, value)
     return found

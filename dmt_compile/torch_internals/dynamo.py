@@ -110,8 +110,9 @@ def _set_tracing_options() -> None:
         # Sizes 0 and 1 are no cases of their own; two sizes are not one symbol because they are equal in this batch.
         shapes = {"backed_size_oblivious": True, "use_duck_shape": False}
         _options.append(_config.patch(shapes))  # type: ignore[attr-defined]
-        # Numbers read off tensors, such as the lengths in a jagged tensor, do not break the graph.
-        _options.append(torch._dynamo.config.patch(capture_scalar_outputs=True))
+        # Numbers read off tensors, such as the lengths in a jagged tensor, do not break the graph. What an operator
+        # gives for symbolic sizes is sooner derived than kept in PyTorch's cache, where it is seldom asked for again.
+        _options.append(torch._dynamo.config.patch(capture_scalar_outputs=True, fake_tensor_cache_enabled=False))
         # In a KeyedJaggedTensor plain integers are sizes too: its samples, and its ids of each feature.
         sizes = r".*\._stride,.*\._length_per_key\[\d+\],.*\._offset_per_key\[\d+\]"
         _options.append(torch.compiler.config.patch(dynamic_sources=sizes))  # type: ignore[attr-defined]
