@@ -1,7 +1,7 @@
 """Compile, for a GPU that is not here, every kernel as the operators launch it: their arguments, types and ``None``s.
 
-Run in a process of its own, ``python -m tests.kernels.launches <operator>``: a stand-in for the GPU's driver takes the
-launches, which compile and do not run. Memory that nothing wrote is zero. Prints the kernels that were launched.
+Run in a process of its own, ``python -m tests.kernels.launches``: a stand-in for the GPU's driver takes the launches,
+which compile and do not run. Memory that nothing wrote is zero. Prints the kernels that each operator launched.
 """
 
 from __future__ import annotations
@@ -157,5 +157,9 @@ def take_launches() -> set[str]:
 if __name__ == "__main__":
     launched = take_launches()
     torch.manual_seed(0)
-    OPERATORS[sys.argv[1]]()
-    print(json.dumps(sorted(launched)))
+    found = {}
+    for operator, launch in OPERATORS.items():
+        launched.clear()
+        launch()
+        found[operator] = sorted(launched)
+    print(json.dumps(found))
