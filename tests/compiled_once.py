@@ -1,7 +1,4 @@
-"""Compiles a model when imported: processes forked from one that has imported it compile theirs in less time.
-
-What PyTorch imports, builds and caches at the first compilation of a process is most of what a small model takes.
-"""
+"""Compiles a model when imported: processes forked from one that has imported it compile theirs in less time."""
 
 from __future__ import annotations
 

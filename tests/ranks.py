@@ -1,7 +1,7 @@
 """Runs a function in several real ranks on gloo: one process each, results and errors brought back.
 
-Processes come from a fork server that has loaded torch and what a first compilation imports: a run costs its own work,
-and no imports.
+Processes come from a fork server that has compiled a model (``compiled_once``): a run costs its own work, and not what
+the first compilation of a process imports, builds and caches.
 """
 
 from __future__ import annotations

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import mmap
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +20,23 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("kernels were imported for the GPU that is here: the same test runs there")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def run_compiling() -> Callable[..., Any]:
+    """Return a function that runs a module with arguments and returns the JSON that it prints.
+
+    In another process, without Triton's interpreter: interpreted kernels cannot be compiled.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def run(module: str, *arguments: str) -> Any:
+        command = [sys.executable, "-m", module, *arguments]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout)
+
+    return run
 
 
 @pytest.fixture

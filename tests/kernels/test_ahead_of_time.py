@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
+from typing import Any
 
 from dmt_compile.kernels.compile_ahead import TARGETS
 from dmt_compile.kernels.triton_support import operators
 
 
-def test_no_spills() -> None:
-    command = [sys.executable, "-m", "dmt_compile.kernels.compile_ahead", "--first", "--json"]
-    # Interpreted kernels cannot be compiled, so another process.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout)
+def test_no_spills(run_compiling: Callable[..., Any]) -> None:
+    found = run_compiling("dmt_compile.kernels.compile_ahead", "--first", "--json")
     wanted = {(operator, target) for operator in operators() for target in TARGETS}
     assert {(case["operator"], case["target"]) for case in found} == wanted
     assert [case for case in found if case["spills_bytes"]] == []

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
+from typing import Any
 
 from dmt_compile.kernels.triton_support import cases_of, operators
 
 
-def test_what_is_launched_compiles() -> None:
-    # Interpreted kernels cannot be compiled, so another process.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.launches"]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    launched = {operator: set(names) for operator, names in json.loads(ran.stdout).items()}
+def test_what_is_launched_compiles(run_compiling: Callable[..., Any]) -> None:
+    launched = {operator: set(names) for operator, names in run_compiling("tests.kernels.launches").items()}
     assert {
         "sum_bags",
         "sum_segments",

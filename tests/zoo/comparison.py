@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -16,8 +14,6 @@ from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 import dmt_compile
-from dmt_compile import backend
-from dmt_compile.ir.embedding_graph import EmbeddingGraph
 from dmt_compile.tolerances import absolute_error, magnitude, reordered_limit
 from tests.models import dense_of
 from tests.zoo.entry import Entry
@@ -94,30 +90,11 @@ def _difference(
 
 @dataclass(frozen=True)
 class Alone:
-    """What one process did: differences from eager, and the graphs that Dynamo made for all batches together.
-
-    ``found``: what the passes found in each graph of training.
-    """
+    """What one process did: differences from eager, and the graphs that Dynamo made for all batches together."""
 
     differences: list[Difference]
     training_graphs: int
     evaluation_graphs: int
-    found: list[EmbeddingGraph]
-
-
-@contextmanager
-def _recorded() -> Iterator[list[EmbeddingGraph]]:
-    """Collect what the passes find in graphs that are compiled meanwhile."""
-    found: list[EmbeddingGraph] = []
-    whole = backend.run_passes
-
-    def run(*args: Any) -> Any:
-        ctx, report = whole(*args)
-        found.append(ctx.embedding_graph)
-        return ctx, report
-
-    with mock.patch.object(backend, "run_passes", run):
-        yield found
 
 
 def sizes_for(entry: Entry, count: int, largest: int = 24) -> list[int]:
@@ -137,26 +114,25 @@ def compare_alone(entry: Entry, shapes: int, evaluate: bool = True, dense_compil
     step_model = compiled(model, dense_compiler)
     exact = dense_compiler == "eager"
     generator = torch.Generator().manual_seed(1)
-    differences: list[Difference] = []
-    with _recorded() as found:
-        for size in sizes_for(entry, shapes):
-            batch = entry.batch(size, generator)
-            output, expected = step_model(*batch), flat(*batch)
-            differences += compare_outputs(entry, output, expected, f"training on {size}", exact)
-            loss_of(output).backward()
-            loss_of(expected).backward()
-            differences += compare_gradients(model, flat, f"training on {size}")
-            model.zero_grad()
-            flat.zero_grad()
+    found: list[Difference] = []
+    for size in sizes_for(entry, shapes):
+        batch = entry.batch(size, generator)
+        output, expected = step_model(*batch), flat(*batch)
+        found += compare_outputs(entry, output, expected, f"training on {size}", exact)
+        loss_of(output).backward()
+        loss_of(expected).backward()
+        found += compare_gradients(model, flat, f"training on {size}")
+        model.zero_grad()
+        flat.zero_grad()
     training_graphs = counters["stats"]["unique_graphs"]
     model.eval()
     flat.eval()
     with torch.no_grad():
         for size in sizes_for(entry, shapes) if evaluate else ():
             batch = entry.batch(size, generator)
-            differences += compare_outputs(entry, step_model(*batch), flat(*batch), f"evaluation of {size}", exact)
-    differences += compare_state(model, flat)
-    return Alone(differences, training_graphs, counters["stats"]["unique_graphs"] - training_graphs, found)
+            found += compare_outputs(entry, step_model(*batch), flat(*batch), f"evaluation of {size}", exact)
+    found += compare_state(model, flat)
+    return Alone(found, training_graphs, counters["stats"]["unique_graphs"] - training_graphs)
 
 
 def compare_ranks(entry: Entry, topology: str = "2x2", dense_compiler: str = "eager") -> list[Difference]:

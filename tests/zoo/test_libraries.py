@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.zoo.comparison import compare_alone
+from tests.zoo.comparison import compare_alone, explained
 from tests.zoo.entry import Entry
 from tests.zoo.libraries import DEEPCTR, LIBRARIES, RECHUB, TORCHREC
 from tests.zoo.test_zoo import assert_within_limits
@@ -13,12 +13,17 @@ every_model = pytest.mark.parametrize("entry", LIBRARIES, ids=str)
 
 
 @every_model
-def test_one_process_computes_what_eager_does_and_all_tables_are_found(entry: Entry) -> None:
+def test_one_process_computes_what_eager_does(entry: Entry) -> None:
     alone = compare_alone(entry, shapes=4, evaluate=False)
     assert_within_limits(alone.differences)
     assert alone.training_graphs == entry.graphs
-    assert {table.name for graph in alone.found for table in graph.tables} == entry.tables
-    assert [item for graph in alone.found for item in graph.unmatched] == []
+
+
+@every_model
+def test_all_tables_are_found(entry: Entry) -> None:
+    explanation = explained(entry)
+    assert {table.name for table in explanation.tables} == entry.tables
+    assert explanation.unmatched == ()
 
 
 def test_each_library_is_there() -> None:
