@@ -2,8 +2,10 @@
 
 A region holds the dense nodes with the same number of dmt operators before them: what needs no embedding (the bottom
 MLP) is one, what needs the embeddings (interaction, over-arch) another, so that the first can run while embeddings
-travel. With one rank nothing travels and both become one region. Nodes that feed ids into lookups, and lookups with
-sparse gradients that stayed flat (a sparse gradient cannot cross a traced region), stay in the outer program.
+travel. In training a region is cut for each further bucket of gradients, so that those of the last layers leave while
+the layers before them are still run back. With one rank nothing travels and all is one region. Nodes that feed ids into
+lookups, and lookups with sparse gradients that stayed flat (a sparse gradient cannot cross a traced region), stay in
+the outer program.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import logging
 import operator
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 from torch import fx
 
 from dmt_compile.ir.exchange_ops import run_towers
+from dmt_compile.ir.gradient_ops import start_gradients
 from dmt_compile.ir.levels import is_operator, is_sparse, levels
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, calls, sort_graph
@@ -81,7 +85,34 @@ class CompileDenseRegions(Pass):
             if node in outer or node in special or node in feeding or self._reads_operator(node):
                 continue
             by_level[level[node] if ctx.distributed else 0].append(node)
-        return [by_level[number] for number in sorted(by_level)]
+        begun: set[fx.Node] = set()
+        return [piece for number in sorted(by_level) for piece in self._at_buckets(by_level[number], begun)]
+
+    def _at_buckets(self, nodes: list[fx.Node], begun: set[fx.Node]) -> list[list[fx.Node]]:
+        """Cut a region where it begins to read a bucket of parameters, but for its first.
+
+        The backward of a piece is all that the gradients of its bucket wait for; those of a whole region would leave
+        together, when the last of them is there. Pieces depend on earlier ones alone.
+
+        Args:
+            nodes: of the region.
+            begun: buckets that regions before it read, which cut nothing here; those of this one are added.
+        """
+        buckets = {node: [b for b in self._buckets_of(node) if b not in begun] for node in nodes}
+        places = {bucket: place for place, bucket in enumerate(dict.fromkeys(chain.from_iterable(buckets.values())))}
+        begun.update(places)
+        pieces: dict[int, list[fx.Node]] = defaultdict(list)
+        piece: dict[fx.Node, int] = {}
+        for node in nodes:
+            before = (piece[source] for source in node.all_input_nodes if source in piece)
+            piece[node] = max(chain(before, (places[bucket] for bucket in buckets[node])), default=0)
+            pieces[piece[node]].append(node)
+        return [pieces[number] for number in sorted(pieces)]
+
+    def _buckets_of(self, node: fx.Node) -> list[fx.Node]:
+        """Return the buckets of parameters that a node reads from."""
+        sources: list[Any] = [item.args[0] for item in node.all_input_nodes if self._reads_operator(item)]
+        return [source for source in sources if source.target is start_gradients]
 
     def _reads_operator(self, node: fx.Node) -> bool:
         """Tell whether a node takes one of the values of an operator that returns several."""

@@ -49,6 +49,14 @@ class DLRM(nn.Module):
         return self.top(torch.cat([bottom, pairs], dim=1)).squeeze(1)
 
 
+def with_two_top_buckets(model: DLRM) -> DLRM:
+    """Give a model a top whose gradients leave in two buckets: those of the last layer, then those of the others."""
+    model.top = nn.Sequential(
+        nn.Linear(model.top[0].in_features, 600), nn.ReLU(), nn.Linear(600, 512), nn.ReLU(), nn.Linear(512, 1)
+    )
+    return model
+
+
 def make_batch(model: DLRM, samples: int, generator: torch.Generator, longest: int = 3) -> Batch:
     """Return a ragged batch: bags of 0 to ``longest`` ids."""
     ids, offsets = [], []

@@ -295,6 +295,19 @@ def test_every_model_has_towers_of_its_own() -> None:
     assert not torch.equal(step_model(*batch), step_other(*batch))
 
 
+def test_dynamo_limits_the_graphs_of_each_model_of_a_class_by_themselves() -> None:
+    """Not of all together: beyond the limit a model would run uncompiled, and without its towers."""
+    model, batch = small()
+    models = [copy.deepcopy(model) for _ in range(3)]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for each in models:
+            step_model = compiled(each)
+            step_model(*batch)
+            with torch.no_grad():
+                step_model(*batch)
+    assert all(hasattr(each, "dmt_towers") for each in models)
+
+
 def test_a_state_dict_goes_from_the_compiled_model_to_the_transformed_one() -> None:
     model, batch = small()
     step_model = compiled(model)

@@ -93,6 +93,9 @@ _PASSES = {
     **dict.fromkeys(("dense_gradients", "tower_gradients", "broadcast_buffers"), "sync_dense_gradients"),
 }
 
+# What a forward pass waits for from other hosts; of gradients, where the optimizer's step is done in it.
+_LONG_WAITS = {("peer", "forward"), ("dense_gradients", "backward")}
+
 # Messages that may be under way at one time between the same ranks, in no order that all ranks share, are told apart.
 _STEP, _AHEAD = 0, 1
 _CHAINS = {
@@ -188,7 +191,7 @@ class ProcessWorld:
             finish(trains)
 
     def later(self, task: Callable[[], Any]) -> None:
-        """Call ``task`` when a forward pass next waits for its peers, which are on slow links, or ``run_later`` is."""
+        """Call ``task`` when a step next waits for what comes over slow links, or ``run_later`` is called."""
         self._later.append(task)
 
     def run_later(self) -> None:
@@ -275,8 +278,6 @@ class ProcessWorld:
 
     def _finish(self, work: Any, label: str, group: str, direction: str | None = None) -> None:
         """Wait for a collective; ``direction``: of the pass that waits, where one does."""
-        if group == "peer" and direction == "forward":
-            self.run_later()
         with self._named(label, group):
             if self._on_gpu:
                 work.wait()  # ordered on the stream; NCCL's own watchdog holds the deadline
@@ -285,6 +286,8 @@ class ProcessWorld:
                 self._under_way.discard(work)
 
     def _timed(self, wait: Callable[[], Any], label: str, direction: str | None) -> None:
+        if (label, direction) in _LONG_WAITS:
+            self.run_later()
         start = time.perf_counter()
         wait()
         if direction is not None and self.device.type == "cpu":

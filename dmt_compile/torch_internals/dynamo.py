@@ -64,15 +64,21 @@ def source_modules(source: Any) -> list[nn.Module]:
 
 
 def guard_identity(module: nn.Module) -> None:
-    """Guard the graph that is being compiled on this very module, among those through which its inputs were reached."""
+    """Guard the graph that is being compiled on this very module, among those through which its inputs were reached.
+
+    Where the frame holds the module in a variable, its graphs count against Dynamo's limit of recompilations by
+    themselves: a process may compile many models of one class.
+    """
     output = InstructionTranslator.current_tx().output
     for node in output.graph.nodes:
         source = source_of(node) if node.op == "placeholder" else None
+        reached = None  # the variable that holds the module comes last, within what Dynamo notes of modules
         while source is not None:
-            if _evaluate(source, output) is module:
-                output.guards.add(source.make_guard(GuardBuilder.ID_MATCH))
-                return
+            reached = source if _evaluate(source, output) is module else reached
             source = getattr(source, "base", None)
+        if reached is not None:
+            output.guards.add(reached.make_guard(GuardBuilder.ID_MATCH))
+            return
 
 
 def variable_name(source: Any) -> str:

@@ -10,17 +10,17 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
-from torch import nn
 
 from dmt_compile import SimulatedWorld, Topology, pipeline
 from dmt_compile.ir import gradient_ops
 from dmt_compile.passes.sync_dense_gradients import SyncDenseGradients
 from dmt_compile.runtime import averaging
 from dmt_compile.runtime.averaging import Averaging, Reduction
+from dmt_compile.runtime.regions import DenseRegion
 from dmt_compile.runtime.simulated_gradients import average as average_bucket
 from dmt_compile.runtime.world import Execution, Pending, ProcessWorld, executing
 from tests.distributed.scenarios import compiled
-from tests.models import DLRM, make_batch
+from tests.models import DLRM, make_batch, with_two_top_buckets
 
 # Elements of the parameters of each bucket, and the buckets' types: nothing divides by 4 ranks, one bucket is empty.
 BUCKETS = ([(3, 5), (7,)], [(0,)], [(1,)], [(2, 9), (), (6,)])
@@ -234,9 +234,10 @@ def low_precision(rank: int, wire_dtype: str) -> dict[str, Any]:
 
 
 def order_of_a_backward_pass(rank: int, dense_compiler: str) -> list[str]:
-    """Return what a training step starts and waits for in its backward pass, in order."""
+    """Return what a training step starts and waits for in its backward pass, and when regions go back, in order."""
     events: list[str] = []
     exchange, start, finish = ProcessWorld.start_all_to_all, Averaging.start, Averaging.finish
+    run = DenseRegion.forward
 
     def exchanging(self: Any, *args: Any) -> Any:
         events.append(f"{args[4]} {args[5]}")
@@ -250,10 +251,18 @@ def order_of_a_backward_pass(rank: int, dense_compiler: str) -> list[str]:
         events.append("all are waited for")
         return finish(self, nodes)
 
+    def running(self: Any, *args: Any) -> Any:
+        outputs = run(self, *args)
+        region = type(self.graph_module).__name__
+        activations = [value for value in outputs if isinstance(value, torch.Tensor)]
+        activations[-1].register_hook(lambda _: events.append(f"{region} goes back"))
+        return outputs
+
     torch.manual_seed(0)
-    model: nn.Module = DLRM()
+    model = with_two_top_buckets(DLRM())
     step_model = compiled(model, topology="2x2", dense_compiler=dense_compiler)
-    output = step_model(*make_batch(model, 3, torch.Generator().manual_seed(rank)))
+    with mock.patch.object(DenseRegion, "forward", running):
+        output = step_model(*make_batch(model, 3, torch.Generator().manual_seed(rank)))
     with (
         mock.patch.object(ProcessWorld, "start_all_to_all", exchanging),
         mock.patch.object(Averaging, "start", starting),

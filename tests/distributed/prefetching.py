@@ -77,31 +77,37 @@ def with_and_without(rank: int, kind: str, topology: str, **options: Any) -> dic
     return {"equal": equal, "training": in_training, "evaluation": rests.number - in_training}
 
 
-def order_of_a_step(rank: int) -> list[str]:
+def order_of_a_step(rank: int, deferred: bool) -> list[str]:
     """Return what a forward pass waits for, and when it lets the ids of the next batch leave, once both are there."""
     torch.manual_seed(0)
     model = DLRM()
     step_model = compiled(model, topology="2x2")
-    finish, submit = ProcessWorld._finish, ThreadPoolExecutor.submit
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    if deferred:
+        dmt_compile.defer_step(optimizer, step_model)
+    timed, submit = ProcessWorld._timed, ThreadPoolExecutor.submit
     events: list[str] = []
 
-    def finishing(self: ProcessWorld, work: Any, label: str, group: str, direction: str | None = None) -> None:
+    def waiting(self: ProcessWorld, wait: Any, label: str, direction: str | None) -> None:
         if self.name == "step" and direction is not None:
             events.append(label)
-        finish(self, work, label, group, direction)
+        timed(self, wait, label, direction)
 
     def submitting(self: ThreadPoolExecutor, task: Any, *args: Any) -> Any:
         if self._thread_name_prefix == "dmt_prefetch":
             events.append("ids of the next batch leave")
         return submit(self, task, *args)
 
-    ProcessWorld._finish = finishing  # type: ignore[method-assign]  # in a process of its own
+    ProcessWorld._timed = waiting  # type: ignore[method-assign]  # in a process of its own
     ThreadPoolExecutor.submit = submitting  # type: ignore[method-assign]
     steps = []
     for batch in dmt_compile.prefetch(batches_of(model, rank), step_model):
         events.clear()
-        step_model(*batch)
+        output = step_model(*batch)
         steps.append(list(events))
+        output.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return steps[3]
 
 

@@ -30,9 +30,16 @@ def test_the_numbers_are_those_without_prefetching(kind: str, topology: str, id_
         assert result == {"equal": True, "training": STEPS - 2, "evaluation": STEPS - 2}
 
 
-def test_ids_of_the_next_batch_leave_while_a_rank_waits_for_its_peers() -> None:
-    for events in values(run_ranks(prefetching.order_of_a_step, 4)):
-        assert events == ["intra", "peer", "ids of the next batch leave"]
+@pytest.mark.parametrize(
+    ("deferred", "waits"),
+    [
+        (False, ["intra", "peer", "ids of the next batch leave"]),
+        (True, ["intra", "dense_gradients", "ids of the next batch leave", "dense_gradients", "peer"]),
+    ],
+)
+def test_ids_of_the_next_batch_leave_while_a_rank_waits_for_other_hosts(deferred: bool, waits: list[str]) -> None:
+    for events in values(run_ranks(prefetching.order_of_a_step, 4, deferred)):
+        assert events == waits
 
 
 def test_a_faulty_batch_raises_when_it_is_used_on_all_ranks() -> None:

@@ -14,8 +14,10 @@ from dmt_compile import torch_internals
 from dmt_compile.errors import UnsupportedGraphError
 from dmt_compile.ir import ops
 from dmt_compile.ir.exchange_ops import start_all_to_all
+from dmt_compile.ir.gradient_ops import start_gradients
 from dmt_compile.ir.stages import Effect
 from dmt_compile.runtime.regions import DenseRegion
+from tests.models import DLRM, make_batch, with_two_top_buckets
 from tests.passes._harness import Captured, Lookups, assert_compiled_is_eager, bags, capture, dense, dlrm
 
 LINEAR = torch._C._nn.linear
@@ -54,6 +56,37 @@ def test_the_bottom_layers_run_while_embeddings_travel(training: bool) -> None:
     order = [node for node in graph.gm.graph.nodes if node.op == "call_module" or node.target is start_all_to_all]
     assert order[0].op == "call_module"  # the bottom layers do not wait for the first exchange
     assert order[-1].op == "call_module"
+
+
+def test_a_region_is_cut_where_a_bucket_of_gradients_leaves() -> None:
+    model = with_two_top_buckets(DLRM())
+    graph = capture(model, make_batch(model, 4, torch.Generator().manual_seed(0)))
+    cut = graph.on("2x2")
+    assert cut.advance(NAME).matched == 3
+    assert [linears(region) for region in regions(cut)] == [2, 2, 1]
+    cut.advance("overlap_collectives")
+    order = [node for node in cut.gm.graph.nodes if node.op == "call_module" or node.target is start_gradients]
+    assert [node.op == "call_module" for node in order] == [False, True] * 3  # each bucket right before its region
+    assert [node.args[2] for node in order[::2]] == [2, 1, 0]
+    whole = graph.on("1x1")
+    assert whole.advance(NAME).matched == 1
+
+
+def test_a_layer_that_is_used_again_cuts_nothing() -> None:
+    class Twice(nn.Module):
+        """A layer before the exchange and after it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = nn.EmbeddingBag(6, 4, mode="sum")
+            self.twice, self.top = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def forward(self, ids: torch.Tensor, offsets: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+            return self.top(self.twice(self.emb(ids, offsets) + self.twice(dense)))
+
+    graph = capture(Twice(), (*bags(), torch.randn(3, 4))).on("2x2")
+    assert graph.advance(NAME).matched == 2
+    assert [linears(region) for region in regions(graph)] == [1, 2]
 
 
 def test_what_feeds_ids_into_lookups_stays_outside() -> None:
