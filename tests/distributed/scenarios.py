@@ -460,6 +460,13 @@ def drifting_replicas(rank: int) -> Any:
                 model.top[0].bias.add_(1e-3)
 
 
+def warmup_without_dynamo(rank: int) -> None:
+    """Warm a model up where Dynamo compiles nothing."""
+    model = DLRM()
+    with torch.compiler.set_stance("force_eager"):
+        dmt_compile.warmup(compiled(model), make_batch(model, 2, torch.Generator().manual_seed(0)))
+
+
 def recompile_limit(rank: int) -> Any:
     """Make Dynamo give up at the second graph."""
     torch._dynamo.config.recompile_limit = 1

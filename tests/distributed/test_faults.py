@@ -109,6 +109,12 @@ def test_replicas_that_drift_apart_are_reported() -> None:
         assert "expected equal dense parameters on every rank" in outcome.message
 
 
+def test_a_model_that_dynamo_never_compiled_is_a_named_error_of_warmup() -> None:
+    for outcome in run_ranks(scenarios.warmup_without_dynamo, 2):
+        assert outcome.error == "UnsupportedGraphError", outcome
+        assert "expected Dynamo to compile the model, found that it ran it as it is" in outcome.message
+
+
 def test_a_sharded_model_that_dynamo_gives_up_on_is_a_named_error() -> None:
     for outcome in run_ranks(scenarios.recompile_limit, 2):
         assert outcome.error == "UnsupportedGraphError", outcome
