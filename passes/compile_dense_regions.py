@@ -19,12 +19,15 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from dmt_compile.errors import UnsupportedGraphError
+from dmt_compile.ir.embedding_graph import source_line
 from dmt_compile.ir.exchange_ops import run_towers
 from dmt_compile.ir.gradient_ops import start_gradients
 from dmt_compile.ir.levels import is_operator, is_sparse, levels
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, ancestors, calls, sort_graph
 from dmt_compile.ir.stages import Effect, Stage
+from dmt_compile.ir.writes import unordered_readers
 from dmt_compile.runtime.regions import DenseRegion
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,7 @@ class CompileDenseRegions(Pass):
         """Rewrite ``gm`` in place."""
         skipped: list[tuple[str, str]] = []
         regions = self._regions(gm, ctx)
+        self._check_writes(gm, regions)
         jobs: list[tuple[str, fx.Node, DenseRegion, list[Any]]] = []
         for index, nodes in enumerate(regions):
             region, inputs = self._extract(gm, ctx, nodes, f"dense_{index}")
@@ -87,6 +91,16 @@ class CompileDenseRegions(Pass):
             by_level[level[node] if ctx.distributed else 0].append(node)
         begun: set[fx.Node] = set()
         return [piece for number in sorted(by_level) for piece in self._at_buckets(by_level[number], begun)]
+
+    def _check_writes(self, gm: fx.GraphModule, regions: list[list[fx.Node]]) -> None:
+        """Refuse a write in place whose readers would not all stay before or behind it."""
+        region_of = {node: number for number, nodes in enumerate(regions) for node in nodes}
+        for write, reader in unordered_readers(gm, region_of):
+            raise UnsupportedGraphError(
+                f"{self.name}: expected {reader.name} ({source_line(reader)}) in one region with {write.name}, which "
+                f"writes in place to what it reads ({source_line(write)}), found them in parts of the program that run "
+                "in another order; write that line out of place"
+            )
 
     def _at_buckets(self, nodes: list[fx.Node], begun: set[fx.Node]) -> list[list[fx.Node]]:
         """Cut a region where it begins to read a bucket of parameters, but for its first.

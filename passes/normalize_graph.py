@@ -1,8 +1,9 @@
-"""Bring Dynamo's graph into one form: no assertions, one node per size, no inferred view sizes.
+"""Bring Dynamo's graph into one form: no assertions, no writes past its edges, one node per size, no inferred sizes.
 
 Dynamo asserts what it learnt of symbolic sizes; ``check_batch`` checks the same with an error that names the input. A
 size comes in as a graph input or as ``size()``; one ``sym_size`` node per symbol is left. A view's ``-1`` cannot be
-inferred for an empty batch, so it is written out where the size is known: a compiled model takes batches of 0.
+inferred for an empty batch, so it is written out where the size is known: a compiled model takes batches of 0. Writes
+in place that others would see go to copies (``ir/writes.py``).
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from torch import fx
 from dmt_compile import torch_internals
 from dmt_compile.ir.pass_base import Pass, PassContext, PassReport, calls, mutates, placeholders
 from dmt_compile.ir.stages import Stage
+from dmt_compile.ir.writes import write_to_copies
 
 _VIEWS = ("view", "reshape")
 
 
 @dataclass(frozen=True)
 class NormalizeGraph(Pass):
-    """Remove assertions, unify sizes, write out ``-1`` in views."""
+    """Remove assertions, write to copies what others read, unify sizes, write out ``-1`` in views."""
 
     name: ClassVar[str] = "normalize_graph"
     needs: ClassVar[Stage] = Stage.CAPTURED
@@ -34,9 +36,11 @@ class NormalizeGraph(Pass):
         for node in removed:
             gm.graph.erase_node(node)
         gm.graph.eliminate_dead_code(lambda node: node.is_impure() or mutates(node))
+        writes = write_to_copies(gm, ctx)
         sizes = self._size_nodes(gm, ctx)
         views = sum(self._write_out_view(node, sizes) for node in list(gm.graph.nodes))
-        return PassReport(changed=bool(removed or sizes or views), matched=len(removed) + views)
+        changed = bool(removed or writes or sizes or views)
+        return PassReport(changed=changed, matched=len(removed) + writes + views)
 
     def _size_nodes(self, gm: fx.GraphModule, ctx: PassContext) -> dict[Any, fx.Node]:
         """Replace each use of a symbolic size by the one node that reads it off an input; return those by symbol."""

@@ -5,6 +5,8 @@ A pass never verifies, times, logs graphs or reads the environment: the driver i
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -187,9 +189,25 @@ def only_joined(node: fx.Node) -> bool:
 
 def mutates(node: fx.Node) -> bool:
     """Tell whether a node changes its first argument in place."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return node.op == "call_function" and (node.target in _IN_PLACE or bool(node.kwargs.get("inplace")))
+    if node.op not in ("call_method", "call_function"):
+        return False
+    name, position = name_of(node), inplace_position(node)
+    if position is not None:
+        return bool(node.args[position] if position < len(node.args) else node.kwargs.get("inplace"))
+    return node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def inplace_position(node: fx.Node) -> int | None:
+    """Return which argument of what a node calls says whether to write in place, if one does."""
+    return _inplace_position(node.target) if node.op == "call_function" else None
+
+
+@functools.cache
+def _inplace_position(target: Any) -> int | None:
+    if getattr(target, "__module__", None) != "torch.nn.functional":
+        return None
+    names = list(inspect.signature(target).parameters)
+    return names.index("inplace") if "inplace" in names else None
 
 
 _IN_PLACE = {

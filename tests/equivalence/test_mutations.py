@@ -180,7 +180,7 @@ def pooled() -> Case:
 
 
 class InPlace(nn.Module):
-    """Lookups and a layer that are changed in place, the result of the call unused."""
+    """A lookup that is changed in place, and a layer whose change in place gives a result that is unused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class InPlace(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         user, item = self.user(ids), self.item(ids % 7)
-        user.mul_(2)
+        user = torch.nn.functional.relu(user, inplace=True)
         hidden = self.layer(item)
         hidden.add_(1)
         return hidden * user

@@ -312,9 +312,9 @@ def test_what_stays_and_why(case: str) -> None:
 
 def test_vectors_that_are_written_to_later_stay() -> None:
     def interact(m: Any, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        products = z(v)
-        v.flatten(1).mul_(2)
-        return torch.cat([x, products[:, m.tril[0], m.tril[1]]], dim=1)
+        products, flat = z(v), v.flatten(1)
+        v.mul_(2)
+        return torch.cat([x, products[:, m.tril[0], m.tril[1]], flat], dim=1)
 
     graph = capture(Interaction(interact), batch(), training=False).on("1x1")
     assert [why for _, why in fuse(graph).skipped] == ["its vectors are written to in place"]
@@ -327,9 +327,10 @@ def test_a_leading_vector_that_is_written_to_later_stays_apart() -> None:
 
     def then_written(m: Any, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         doubled = x * 2
+        flat = doubled.view(-1)
         out = torch.cat([doubled, z(v)[:, m.tril[0], m.tril[1]]], 1)
         doubled.zero_()
-        return out + doubled.sum()
+        return out + flat.sum()
 
     for model, leads in ((interact, True), (then_written, False)):
         graph = written_as(model)
