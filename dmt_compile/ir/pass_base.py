@@ -194,6 +194,9 @@ def mutates(node: fx.Node) -> bool:
     name, position = name_of(node), inplace_position(node)
     if position is not None:
         return bool(node.args[position] if position < len(node.args) else node.kwargs.get("inplace"))
+    if isinstance(node.target, torch._ops.OpOverload):
+        first = node.target._schema.arguments[:1]
+        return bool(first and first[0].alias_info is not None and first[0].alias_info.is_write)
     return node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 

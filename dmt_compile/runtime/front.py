@@ -17,7 +17,7 @@ from torch import fx
 
 from dmt_compile.ir import id_ops
 from dmt_compile.ir.gradient_ops import broadcast_buffers
-from dmt_compile.ir.pass_base import ancestors, calls, nodes_in, placeholders
+from dmt_compile.ir.pass_base import ancestors, calls, mutates, nodes_in, placeholders
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ def cut_front(gm: fx.GraphModule, of_batch: frozenset[str]) -> Front | str:
     if not unpacked:
         return "the graph distributes no ids"
     inside = ancestors(unpacked)
+    if any(map(mutates, inside)):
+        return "the model writes in place to its ids"
     inputs = placeholders(gm)
     held = {node for node in inputs if node in inside and node.name not in of_batch and _may_change(node)}
     computed: set[fx.Node] = set()  # of parameters

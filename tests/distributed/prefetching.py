@@ -172,16 +172,25 @@ class Scaled(nn.Module):
         return torch.cat([table(ids) for table in self.emb], dim=1) * self.scale
 
 
-def computed_ids(rank: int) -> list[str]:
+class Shifted(Scaled):
+    """Ids of a batch that the model writes to."""
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        numbers.add_(1)
+        return torch.cat([table(numbers.long()) for table in self.emb], dim=1) * self.scale
+
+
+def computed_ids(rank: int, written: bool) -> list[str]:
     """Return what the log says where ids cannot be distributed ahead."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("dmt_compile.runtime.prefetch").addHandler(handler)
     torch.manual_seed(0)
-    model = Scaled()
+    model = Shifted() if written else Scaled()
     step_model = compiled(model)
-    for number in dmt_compile.prefetch([torch.full((2 + rank,), float(k)) for k in range(5)], step_model):
+    for k, number in enumerate(dmt_compile.prefetch([torch.full((2 + rank,), float(k)) for k in range(5)], step_model)):
         step_model(number).sum().backward()
+        assert torch.equal(number, torch.full((2 + rank,), float(k + written)))
     assert dist.is_initialized()
     return lines

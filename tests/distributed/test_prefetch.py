@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
@@ -63,11 +64,13 @@ def test_a_batch_that_was_written_to_is_distributed_anew() -> None:
     assert values(run_ranks(prefetching.changed_batch, 2)) == [True] * 2
 
 
-def test_ids_that_a_parameter_takes_part_in_stay_with_their_step() -> None:
-    for lines in values(run_ranks(prefetching.computed_ids, 2)):
+@pytest.mark.parametrize(
+    ("written", "reason"), [(False, r"its ids depend on \w*scale\w*"), (True, "the model writes in place to its ids")]
+)
+def test_ids_that_only_their_step_has_stay_with_it(written: bool, reason: str) -> None:
+    for lines in values(run_ranks(prefetching.computed_ids, 2, written)):
         [line] = lines
-        assert line.startswith("prefetch: batches pass through as they are, since its ids depend on")
-        assert "scale" in line
+        assert re.fullmatch(f"prefetch: batches pass through as they are, since {reason}", line)
 
 
 def test_one_process_passes_batches_through() -> None:

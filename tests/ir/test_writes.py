@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from dmt_compile import SimulatedWorld
@@ -164,6 +165,31 @@ def test_a_buffer_stays_written_and_is_read_from_the_write() -> None:
     reader = next(node for node in graph.gm.graph.nodes if node.target is operator.sub)
     assert reader.args[1] is written[1]
     capture(model, batch).on("2x2").advance("compile_dense_regions")
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "kwargs", "writes"),
+    [
+        (torch.relu_, (), {}, True),
+        (torch.relu, (), {}, False),
+        (F.dropout, (0.5, True, True), {}, True),
+        (F.dropout, (0.5, True), {}, False),
+        (F.elu, (), {"inplace": True}, True),
+        (torch.ops.aten.add_.Tensor, (1,), {}, True),
+        (torch.ops.aten.add.Tensor, (1,), {}, False),
+        (torch.ops.aten.view.default, ([1],), {}, False),
+        (operator.iadd, (1,), {}, True),
+        (operator.add, (1,), {}, False),
+    ],
+)
+def test_what_writes_in_place_is_known(
+    target: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], writes: bool
+) -> None:
+    graph = fx.Graph()
+    given = graph.placeholder("given")
+    assert mutates(graph.call_function(target, (given, *args), kwargs)) is writes
+    for method, in_place in (("add_", True), ("add", False), ("__getitem__", False)):
+        assert mutates(graph.call_method(method, (given, 0))) is in_place
 
 
 def test_a_part_that_is_read_on_the_other_side_of_an_exchange_is_refused() -> None:
