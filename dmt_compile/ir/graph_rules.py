@@ -16,7 +16,16 @@ from dmt_compile import torch_internals
 from dmt_compile.ir import exchange_ops as ex
 from dmt_compile.ir import id_ops, ops, piece_ops
 from dmt_compile.ir.metadata import LOOKUP_RULES, describe, same, symbols_of
-from dmt_compile.ir.pass_base import VIEWS, PassContext, ancestors, calls, mutates, name_of, nodes_in, placeholders
+from dmt_compile.ir.pass_base import (
+    PassContext,
+    ancestors,
+    calls,
+    mutates,
+    nodes_in,
+    origin_of,
+    placeholders,
+    shares_memory,
+)
 from dmt_compile.ir.tower_regions import behind_averaging
 
 _LOOKUPS = (ops.lookup, ops.batched_lookup)
@@ -88,10 +97,10 @@ def _output(gm: fx.GraphModule) -> fx.Node:
 
 def unshared(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for node in gm.graph.nodes:
-        origin = node.args[0] if mutates(node) and node.args else None
-        while isinstance(origin, fx.Node) and name_of(origin) in VIEWS - {"clone"}:
-            origin = origin.args[0]
-        if isinstance(origin, fx.Node) and origin.target in (ops.split_features, ops.check_batch):
+        written = node.args[0] if mutates(node) and node.args else None
+        if not isinstance(written, fx.Node):
+            continue
+        if origin_of(written, shares_memory).target in (ops.split_features, ops.check_batch):
             yield f"{node.name} writes in place to what it shares with other features"
 
 

@@ -166,14 +166,19 @@ def name_of(node: fx.Node) -> str:
 
 def views_of(node: fx.Node) -> set[fx.Node]:
     """Return a node and all views of it."""
-    found = {node}
-    stack = [node]
-    while stack:
-        for user in stack.pop().users:
-            if name_of(user) in VIEWS and user not in found:
-                found.add(user)
-                stack.append(user)
-    return found
+    return closure([node], lambda n: (user for user in n.users if name_of(user) in VIEWS))
+
+
+def origin_of(node: fx.Node, through: Callable[[fx.Node], bool]) -> fx.Node:
+    """Return what a node was made of, going back from each that ``through`` accepts to its first argument."""
+    while through(node) and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def shares_memory(node: fx.Node) -> bool:
+    """Tell whether a node gives a view, or may, and never a copy."""
+    return name_of(node) in VIEWS - {"clone"}
 
 
 def only_joined(node: fx.Node) -> bool:
@@ -191,7 +196,7 @@ def mutates(node: fx.Node) -> bool:
     """Tell whether a node changes its first argument in place."""
     if node.op not in ("call_method", "call_function"):
         return False
-    name, position = name_of(node), inplace_position(node)
+    name, position = name_of(node), inplace_position(node.target)
     if position is not None:
         return bool(node.args[position] if position < len(node.args) else node.kwargs.get("inplace"))
     if isinstance(node.target, torch._ops.OpOverload):
@@ -200,13 +205,9 @@ def mutates(node: fx.Node) -> bool:
     return node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
-def inplace_position(node: fx.Node) -> int | None:
-    """Return which argument of what a node calls says whether to write in place, if one does."""
-    return _inplace_position(node.target) if node.op == "call_function" else None
-
-
 @functools.cache
-def _inplace_position(target: Any) -> int | None:
+def inplace_position(target: Any) -> int | None:
+    """Return which argument of what a node calls says whether to write in place, if one does."""
     if getattr(target, "__module__", None) != "torch.nn.functional":
         return None
     names = list(inspect.signature(target).parameters)
@@ -221,15 +222,16 @@ _IN_PLACE = {
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return all nodes that ``nodes`` depend on, themselves included."""
-    return _closure(nodes, lambda node: node.all_input_nodes)
+    return closure(nodes, lambda node: node.all_input_nodes)
 
 
 def dependents(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return all nodes that depend on one of ``nodes``, these included."""
-    return _closure(nodes, lambda node: node.users)
+    return closure(nodes, lambda node: node.users)
 
 
-def _closure(nodes: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+def closure(nodes: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Return nodes and all that ``onward`` leads to from them, step by step."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from dmt_compile import torch_internals
 from dmt_compile.ir.pairs import OnMeta, selected_numbers
-from dmt_compile.ir.pass_base import JOINS, VIEWS, PassContext, mutates, name_of, nodes_in, views_of
+from dmt_compile.ir.pass_base import JOINS, VIEWS, PassContext, mutates, name_of, nodes_in, origin_of, views_of
 from dmt_compile.kernels.dot_interaction.reference import pair_count, pair_indices
 
 _SELECT = {"getitem", "index_select", "gather", "view", "flatten", "reshape", "index", "take"}
@@ -85,9 +85,8 @@ def find_triangle(gm: fx.GraphModule, ctx: PassContext, product: fx.Node, vector
 
 def is_written(node: fx.Node) -> bool:
     """Tell whether anything writes in place to a node, or to what it is a view of."""
-    while name_of(node) in VIEWS and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return any(mutates(user) for view in views_of(node) for user in view.users)
+    origin = origin_of(node, lambda n: name_of(n) in VIEWS)
+    return any(mutates(user) for view in views_of(origin) for user in view.users)
 
 
 def _next(node: fx.Node, count: int) -> fx.Node:

@@ -6,19 +6,28 @@ read from there; what nobody else reads, as behind ``ReLU(inplace=True)``, stays
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
 from dmt_compile.ir import id_ops, ops
-from dmt_compile.ir.pass_base import VIEWS, PassContext, ancestors, inplace_position, mutates, name_of, nodes_in
+from dmt_compile.ir.pass_base import (
+    PassContext,
+    ancestors,
+    closure,
+    dependents,
+    inplace_position,
+    mutates,
+    name_of,
+    nodes_in,
+    origin_of,
+    shares_memory,
+)
 
-_SHARES = VIEWS - {"clone"}
 
-
-def write_copy(tensor: torch.Tensor, method: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+def write_copy(tensor: torch.Tensor, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """Return a copy of ``tensor`` on which one of its methods that write in place was called."""
     copy = tensor.clone()
     getattr(copy, method)(*args, **kwargs)
@@ -42,13 +51,13 @@ def write_to_copies(gm: fx.GraphModule, ctx: PassContext) -> int:
             continue
         later = [user for user in target.users if places[user] > places[node]]
         if origin.op in ("placeholder", "get_attr"):
-            if name_of(node) != "setitem" and not _is_view(target):
+            if name_of(node) != "setitem" and not shares_memory(target):
                 for user in later:
                     user.replace_input_with(target, node)
                 changed += bool(later)
             continue
         others = (u for view in _shared(origin) - {target} if places[view] < places[node] for u in view.users)
-        if (len(target.users) == 1 and not _is_view(target)) or any(places[u] > places[node] for u in others):
+        if (len(target.users) == 1 and not shares_memory(target)) or any(places[u] > places[node] for u in others):
             continue
         written = _on_a_copy(gm, ctx, node)
         if written is not None:
@@ -73,13 +82,11 @@ def unordered_readers(gm: fx.GraphModule, regions: Mapping[fx.Node, int]) -> Ite
     for node in gm.graph.nodes:
         if not _writes(node):
             continue
-        before, target = ancestors([node]), cast(fx.Node, node.args[0])
-        shared = _shared(_origin(target))
-        readers = {user for view in shared for user in view.users if view in _read_by(user)} - {node}
-        for reader in sorted(readers, key=places.__getitem__):
-            together = node in regions and regions.get(reader) == regions[node]
-            ordered = reader in before if places[reader] < places[node] else node in ancestors([reader])
-            if not together and not ordered:
+        shared = _shared(_origin(cast(fx.Node, node.args[0])))
+        readers = {user for view in shared for user in view.users if view in _read_by(user)}
+        ordered = ancestors([node]) | dependents([node])
+        for reader in sorted(readers - ordered, key=places.__getitem__):
+            if node not in regions or regions.get(reader) != regions[node]:
                 yield node, reader
 
 
@@ -98,32 +105,24 @@ def _read_by(node: fx.Node) -> list[fx.Node]:
     return node.all_input_nodes if ids_and_offsets is None else nodes_in(node.args[ids_and_offsets])
 
 
-def _is_view(node: fx.Node) -> bool:
-    return name_of(node) in _SHARES
-
-
 def _origin(node: fx.Node) -> fx.Node:
     """Return whose memory a node shares."""
-    while (_is_view(node) or mutates(node)) and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+    return origin_of(node, _same_memory)
 
 
 def _shared(origin: fx.Node) -> set[fx.Node]:
-    """Return a node and what shares its memory: views, and what writes in place give back."""
-    found: set[fx.Node] = set()
-    stack = [origin]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += [user for user in node.users if user.args[:1] == (node,) and (_is_view(user) or mutates(user))]
-    return found
+    """Return a node and what shares its memory."""
+    return closure([origin], lambda n: (u for u in n.users if u.args[:1] == (n,) and _same_memory(u)))
+
+
+def _same_memory(node: fx.Node) -> bool:
+    """Tell whether a node gives its first argument's memory: a view, or what a write in place gives back."""
+    return shares_memory(node) or mutates(node)
 
 
 def _on_a_copy(gm: fx.GraphModule, ctx: PassContext, node: fx.Node) -> fx.Node | None:
     """Return what gives what a write in place gives, and writes nothing; ``None`` where it is not known how."""
-    position = inplace_position(node)
+    position = inplace_position(node.target)
     if position is not None:
         if position < len(node.args):
             node.update_arg(position, False)
@@ -136,8 +135,4 @@ def _on_a_copy(gm: fx.GraphModule, ctx: PassContext, node: fx.Node) -> fx.Node |
     if not hasattr(torch.Tensor, method):
         return None
     with gm.graph.inserting_before(node):
-        written = gm.graph.call_function(write_copy, (node.args[0], method, *node.args[1:]), dict(node.kwargs))
-    ctx.environment.record(written, gm)
-    if "stack_trace" in node.meta:
-        written.meta["stack_trace"] = node.meta["stack_trace"]
-    return written
+        return ctx.call(gm, write_copy, node.args[0], method, node.args[1:], node.kwargs, like=node)

@@ -21,7 +21,6 @@ from tests.passes._harness import capture
 
 Forward = Callable[["Written", torch.Tensor, list[torch.Tensor]], torch.Tensor]
 
-
 LONGEST_SUM = 600  # the widest layer
 
 
