@@ -168,9 +168,8 @@ class _CaptureSession(Session):
         """Capture a graph."""
         return compile_graph(gm, self.options, self)
 
-    def prepare(self, capture: Capture, run: Passes) -> bool:
+    def prepare(self, capture: Capture, run: Passes) -> None:
         """Change nothing."""
-        return False
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture | None = None) -> TowerPlan:
         """Plan for the stated topology."""

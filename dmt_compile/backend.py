@@ -48,8 +48,9 @@ def dmt(
 def compile_graph(gm: fx.GraphModule, options: Options, session: Session) -> Callable[..., Any]:
     """Take a graph that Dynamo captured to a program of ``session``.
 
-    Two things must be true before Dynamo makes its guards: sizes of the batch are dynamic, and tables are sharded.
-    Where one is not yet, it is made so here and Dynamo analyses the frame again.
+    Two things must be true before Dynamo makes its guards. Sizes of the batch are dynamic: where one is not yet, it is
+    marked here and Dynamo analyses the frame again. Tables are sharded: the session does so at the model's first graph,
+    whose guards then hold for the parameters as they are from there on.
     """
     capture = read_capture(gm)
     unmarked = {
@@ -57,12 +58,12 @@ def compile_graph(gm: fx.GraphModule, options: Options, session: Session) -> Cal
         for name, dims in dynamic_dims(gm, capture).items()
         if (missing := set(dims) - set(torch_internals.marked_dims(capture.inputs[name])))
     }
-    changed = session.prepare(capture, lambda until: run_passes(copy_graph(gm), capture, options, session, until))
-    if unmarked or changed:
+    if unmarked:
         empty = not any(tensor.numel() for tensor in capture.inputs.values())
         for name, dims in unmarked.items():
             torch_internals.mark_dynamic_dims(capture.inputs[name], sorted(dims), empty)
-        torch_internals.restart_analysis("dmt: sizes of the batch are dynamic, tables are sharded")
+        torch_internals.restart_analysis("dmt: sizes of the batch are dynamic")
+    session.prepare(capture, lambda until: run_passes(copy_graph(gm), capture, options, session, until))
     torch_internals.take_back_marks()
     fakes = {node.name: node.meta["example_value"] for node in placeholders(gm)}
     program = session.program(capture, lambda until: run_passes(gm, capture, options, session, until))

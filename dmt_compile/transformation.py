@@ -166,9 +166,8 @@ class _Session(Session):
         """Capture a graph."""
         return compile_graph(gm, self.options, self)
 
-    def prepare(self, capture: Capture, run: Passes) -> bool:
+    def prepare(self, capture: Capture, run: Passes) -> None:
         """Change nothing."""
-        return False
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
         """Return the plan that was given, with whole tables: this process has them all."""

@@ -20,11 +20,11 @@ from dmt_compile.ir.pass_base import (
     PassContext,
     ancestors,
     calls,
-    mutates,
     nodes_in,
     origin_of,
     placeholders,
     shares_memory,
+    written_by,
 )
 from dmt_compile.ir.tower_regions import behind_averaging
 
@@ -97,10 +97,8 @@ def _output(gm: fx.GraphModule) -> fx.Node:
 
 def unshared(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for node in gm.graph.nodes:
-        written = node.args[0] if mutates(node) and node.args else None
-        if not isinstance(written, fx.Node):
-            continue
-        if origin_of(written, shares_memory).target in (ops.split_features, ops.check_batch):
+        origins = {origin_of(written, shares_memory).target for written in written_by(node)}
+        if origins & {ops.split_features, ops.check_batch}:
             yield f"{node.name} writes in place to what it shares with other features"
 
 

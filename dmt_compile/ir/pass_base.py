@@ -193,16 +193,25 @@ def only_joined(node: fx.Node) -> bool:
 
 
 def mutates(node: fx.Node) -> bool:
-    """Tell whether a node changes its first argument in place."""
+    """Tell whether a node writes in place to one of its arguments."""
+    return bool(written_by(node))
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """Return the arguments of a node that it writes to in place."""
     if node.op not in ("call_method", "call_function"):
-        return False
+        return []
+    if isinstance(node.target, torch._ops.OpOverload):
+        written = [a for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        places = {argument.name: place for place, argument in enumerate(node.target._schema.arguments)}
+        return nodes_in([node.kwargs.get(a.name, node.args[places[a.name] :][:1]) for a in written])
     name, position = name_of(node), inplace_position(node.target)
     if position is not None:
-        return bool(node.args[position] if position < len(node.args) else node.kwargs.get("inplace"))
-    if isinstance(node.target, torch._ops.OpOverload):
-        first = node.target._schema.arguments[:1]
-        return bool(first and first[0].alias_info is not None and first[0].alias_info.is_write)
-    return node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        to_first = bool(node.args[position] if position < len(node.args) else node.kwargs.get("inplace"))
+    else:
+        to_first = node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    out = node.kwargs.get("out")
+    return nodes_in([node.args[:1] if to_first else (), out]) if to_first or out is not None else []
 
 
 @functools.cache

@@ -7,7 +7,8 @@ read from there; what nobody else reads, as behind ``ReLU(inplace=True)``, stays
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -19,11 +20,11 @@ from dmt_compile.ir.pass_base import (
     closure,
     dependents,
     inplace_position,
-    mutates,
     name_of,
     nodes_in,
     origin_of,
     shares_memory,
+    written_by,
 )
 
 
@@ -38,14 +39,15 @@ def write_to_copies(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Write to copies wherever others read what is written, before or after; return how many writes changed.
 
     Not where the batch or a buffer is written, which must stay written: there the later readers read what the write
-    gives back. Writes to parameters, and to a part of a tensor that is read as a whole, stay as they are.
+    gives back. Writes to parameters, to a part of a tensor that is read as a whole, and to another argument than the
+    first stay as they are.
     """
     places = {node: place for place, node in enumerate(gm.graph.nodes)}
     changed = 0
     for node in list(gm.graph.nodes):
-        if not _writes(node):
+        target: Any = node.args[0] if node.args else None
+        if target not in _written_tensors(node):
             continue
-        target: Any = node.args[0]
         origin = _origin(target)
         if isinstance(ctx.parameters.get(origin.name), nn.Parameter):
             continue
@@ -80,9 +82,7 @@ def unordered_readers(gm: fx.GraphModule, regions: Mapping[fx.Node, int]) -> Ite
     """
     places = {node: place for place, node in enumerate(gm.graph.nodes)}
     for node in gm.graph.nodes:
-        if not _writes(node):
-            continue
-        shared = _shared(_origin(cast(fx.Node, node.args[0])))
+        shared = set(chain.from_iterable(_shared(_origin(target)) for target in _written_tensors(node)))
         readers = {user for view in shared for user in view.users if view in _read_by(user)}
         ordered = ancestors([node]) | dependents([node])
         for reader in sorted(readers - ordered, key=places.__getitem__):
@@ -90,10 +90,9 @@ def unordered_readers(gm: fx.GraphModule, regions: Mapping[fx.Node, int]) -> Ite
                 yield node, reader
 
 
-def _writes(node: fx.Node) -> bool:
-    """Tell whether a node writes in place to a tensor."""
-    target = node.args[0] if node.args else None
-    return mutates(node) and isinstance(target, fx.Node) and isinstance(target.meta["val"], torch.Tensor)
+def _written_tensors(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors that a node writes to in place."""
+    return [target for target in written_by(node) if isinstance(target.meta["val"], torch.Tensor)]
 
 
 def _read_by(node: fx.Node) -> list[fx.Node]:
@@ -117,7 +116,7 @@ def _shared(origin: fx.Node) -> set[fx.Node]:
 
 def _same_memory(node: fx.Node) -> bool:
     """Tell whether a node gives its first argument's memory: a view, or what a write in place gives back."""
-    return shares_memory(node) or mutates(node)
+    return shares_memory(node) or any(node.args[:1] == (written,) for written in written_by(node))
 
 
 def _on_a_copy(gm: fx.GraphModule, ctx: PassContext, node: fx.Node) -> fx.Node | None:

@@ -124,9 +124,8 @@ class Probe(Session):
         """Capture a graph."""
         return compile_graph(gm, self._options, self)
 
-    def prepare(self, capture: Capture, run: Passes) -> bool:
+    def prepare(self, capture: Capture, run: Passes) -> None:
         """Change nothing."""
-        return False
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
         """Plan one rank."""

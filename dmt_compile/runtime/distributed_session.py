@@ -7,7 +7,6 @@ A model is planned at its first graph, keyed by the identity of its parameters; 
 from __future__ import annotations
 
 import functools
-import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -65,7 +64,6 @@ class ModelState:
     hooks: dict[int, Any] = field(default_factory=dict)
     steps: int = 0
     ahead: RanksAhead | None = None
-    newly_sharded: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
         return self  # a copied model keeps its place among the ranks
@@ -122,11 +120,11 @@ class DistributedSession(Session):
         except DmtError as error:
             self._failure = error
 
-    def prepare(self, capture: Capture, run: Passes) -> bool:
+    def prepare(self, capture: Capture, run: Passes) -> None:
         """At a model's first graph: agree on the plan, take over rank 0's values, shard the tables."""
         state = next((s for s in map(state_of, capture.parameters.values()) if s is not None), None)
         if state is not None and self._failure is None and not _reads_whole_tables(capture):
-            return False
+            return
         specs: tuple[TableSpec, ...] = ()
         tables: list[Table] = []
         if self._failure is None:
@@ -140,7 +138,7 @@ class DistributedSession(Session):
         if state is not None and not tables:
             if self._failure is not None:
                 raise self._failure
-            return False
+            return
         plan = self._agree(capture, specs)
         if state is None:
             groups = plan.tower_groups()
@@ -153,8 +151,6 @@ class DistributedSession(Session):
         self._agreed = state.plan
         attach_towers(self.options, capture, run)
         self._take_over(capture, state, tables)
-        state.newly_sharded = True
-        return True
 
     def _agree(self, capture: Capture, specs: tuple[TableSpec, ...]) -> TowerPlan:
         def mine() -> str:
@@ -177,7 +173,6 @@ class DistributedSession(Session):
         own = {id(table.parameter) for table in tables}
         fresh = [t for t in everything if id(t) not in own and state_of(t) is None and not isinstance(t, ShardedTable)]
         replicate(fresh, state.world)
-        capture.parameters.clear()  # what Python still holds of a table keeps its memory alive
         shard_tables(tables, state.plan, state.world, state)
         for tensor in fresh:
             tensor._dmt_state = state  # type: ignore[attr-defined]
@@ -200,10 +195,6 @@ class DistributedSession(Session):
         if ctx.root is not None:  # ranks, ledger, buffers and replicas of a program are one model's
             torch_internals.guard_identity(ctx.root)
         state = self._state(capture)
-        if state.newly_sharded:
-            # The analysis that ended in sharding is cyclic garbage; its weak references would forbid `.to()`.
-            gc.collect()
-            state.newly_sharded = False
         of_towers = held_by_one_group(capture.gm, ctx)
         state.towers.update({id(ctx.parameters[node.name]): group for node, group in of_towers.items()})
         if ctx.training:

@@ -38,8 +38,8 @@ class Session(Protocol):
     rank: int | None = None  # that runs the program; all of them where it is None
     towers: Towers | None = None  # of a model that does not hold its own
 
-    def prepare(self, capture: Capture, run: Passes) -> bool:
-        """Do what must be true before Dynamo makes its guards; tell whether parameters changed."""
+    def prepare(self, capture: Capture, run: Passes) -> None:
+        """Do what must be true of the model before Dynamo makes its guards."""
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
         """Return the plan for a graph's tables."""
@@ -154,10 +154,9 @@ class LocalSession(Session):
         self.options = options
         self.topology = topology
 
-    def prepare(self, capture: Capture, run: Passes) -> bool:
+    def prepare(self, capture: Capture, run: Passes) -> None:
         """Attach Tower Modules."""
         attach_towers(self.options, capture, run)
-        return False
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
         """Plan one rank."""

@@ -150,10 +150,9 @@ class _SimulatedSession(Session):
         """Compile a graph for all ranks."""
         return compile_graph(gm, self.options, self)
 
-    def prepare(self, capture: Capture, run: Passes) -> bool:
+    def prepare(self, capture: Capture, run: Passes) -> None:
         """Attach Tower Modules."""
         attach_towers(self.options, capture, run)
-        return False
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
         """Plan once for each set of tables."""

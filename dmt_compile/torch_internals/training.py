@@ -18,7 +18,7 @@ def swap_contents(parameter: torch.Tensor, replacement: torch.Tensor) -> None:
     """Give ``parameter`` the class, data and autograd state of ``replacement``, keeping its Python identity and hooks.
 
     As ``torch.utils.swap_tensors``, but allowed while weak references exist: Dynamo's tracer holds some when a backend
-    runs, and they go with the analysis that :func:`restart_analysis` ends.
+    runs, and they go with its analysis.
 
     Raises:
         RuntimeError: something else, such as a live autograd graph, holds the parameter.

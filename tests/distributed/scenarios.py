@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import dmt_compile
+from dmt_compile import backend
 from dmt_compile.optim import RowWiseAdagrad
 from dmt_compile.runtime import in_backward
 from dmt_compile.runtime.tables import ShardedTable
@@ -260,17 +262,18 @@ def clip_flat(model: nn.Module, clip: float) -> torch.Tensor:
     return norm
 
 
-def evaluate_and_train(rank: int) -> int:
-    """Alternate training and evaluation, with batches of every size; return the number of graphs."""
+def evaluate_and_train(rank: int) -> tuple[int, int]:
+    """Alternate training and evaluation, with batches of every size; return the number of graphs and of analyses."""
     torch.manual_seed(0)
     model = DLRM()
     step_model = compiled(model)
     generator = torch.Generator().manual_seed(rank)
-    for step in range(12):
-        step_model(*make_batch(model, (step + rank) % 4 + (step == 0), generator)).sum().backward()
-        with torch.no_grad():
-            step_model(*make_batch(model, (2 * step + rank) % 5, generator))
-    return counters["stats"]["unique_graphs"]
+    with mock.patch.object(backend, "read_capture", wraps=backend.read_capture) as analysed:
+        for step in range(12):
+            step_model(*make_batch(model, (step + rank) % 4 + (step == 0), generator)).sum().backward()
+            with torch.no_grad():
+                step_model(*make_batch(model, (2 * step + rank) % 5, generator))
+    return counters["stats"]["unique_graphs"], analysed.call_count
 
 
 # ------------------------------------------------------------------------------------------------ bad input

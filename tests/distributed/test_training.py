@@ -208,8 +208,8 @@ def test_towers_train_as_the_towered_model_of_one_process(
     assert [result["towers"] for result in results] == towers  # only a tower's own ranks train it
 
 
-def test_batches_of_any_size_share_two_graphs_on_every_rank() -> None:
-    assert values(run_ranks(scenarios.evaluate_and_train, 2)) == [2, 2]
+def test_batches_of_any_size_share_two_graphs_on_every_rank_and_each_is_traced_once() -> None:
+    assert values(run_ranks(scenarios.evaluate_and_train, 2)) == [(2, 2)] * 2
 
 
 @pytest.mark.parametrize("how", ["head", "graph break"])

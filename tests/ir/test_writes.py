@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dmt_compile import SimulatedWorld
 from dmt_compile.errors import UnsupportedGraphError
-from dmt_compile.ir.pass_base import mutates
+from dmt_compile.ir.pass_base import mutates, written_by
 from dmt_compile.ir.writes import write_copy
 from tests._tolerances import assert_reordered
 from tests.models import Batch, with_two_top_buckets
@@ -189,6 +189,40 @@ def test_what_writes_in_place_is_known(
     assert mutates(graph.call_function(target, (given, *args), kwargs)) is writes
     for method, in_place in (("add_", True), ("add", False), ("__getitem__", False)):
         assert mutates(graph.call_method(method, (given, 0))) is in_place
+
+
+@torch.library.custom_op("dmt_test::add_into", mutates_args={"into"})
+def add_into(given: torch.Tensor, into: torch.Tensor) -> None:
+    """Write to another argument than the first."""
+    into += given
+
+
+@add_into.register_fake
+def _(given: torch.Tensor, into: torch.Tensor) -> None:
+    return None
+
+
+def test_writes_to_any_argument_are_known() -> None:
+    graph = fx.Graph()
+    given, into = graph.placeholder("given"), graph.placeholder("into")
+    overload = torch.ops.dmt_test.add_into.default
+    for args, kwargs in (((given, into), {}), ((given,), {"into": into})):
+        assert written_by(graph.call_function(overload, args, kwargs)) == [into]
+    assert written_by(graph.call_function(torch.add, (given, given), {"out": into})) == [into]
+    assert written_by(graph.call_function(torch._foreach_add_, ([given, into], 1))) == [given, into]
+
+
+def test_a_custom_operator_s_write_across_an_exchange_is_refused() -> None:
+    def custom(model: Written, dense: torch.Tensor, pooled: list[torch.Tensor]) -> torch.Tensor:
+        bottom = model.bottom(dense).detach()
+        joined = pooled[0] + bottom
+        add_into(torch.ones_like(bottom), bottom)
+        return model.top(joined + bottom)
+
+    model, batches = made(custom, 4)
+    with pytest.raises(UnsupportedGraphError, match=r"in one region with .*add_into.*write that line out of place"):
+        SimulatedWorld("2x2").run(model, batches, dense_compiler="eager")
+    assert torch.equal(SimulatedWorld("1x1").run(model, batches[:1], dense_compiler="eager")[0], model(*batches[0]))
 
 
 def test_a_part_that_is_read_on_the_other_side_of_an_exchange_is_refused() -> None:

@@ -103,8 +103,8 @@ class _Session:
     def backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         return compile_graph(gm, self.options, self)
 
-    def prepare(self, capture: Capture, run: Passes) -> bool:
-        return False
+    def prepare(self, capture: Capture, run: Passes) -> None:
+        pass
 
     def choose_plan(self, tables: tuple[TableSpec, ...], capture: Capture) -> TowerPlan:
         raise AssertionError("no pass runs during a capture")
