@@ -4,9 +4,11 @@
     python train_dlrm.py --backend dmt                                     # the same, compiled
     torchrun --nproc-per-node 4 train_dlrm.py --backend dmt --topology 2x2 # four ranks as two hosts of two
     ... --tower-module dlrm --tower-dim 8                                  # each host compresses what it sends
+    ... --ahead                                                            # steps overlap; the numbers stay the same
 
 Nothing in the training loop is about towers: the model is flat, the tensors and optimizers are PyTorch's own. Only
-``--tower-module``, which gives the model new parameters, needs a line before the optimizer is built.
+``--tower-module``, which gives the model new parameters, needs a line before the optimizer is built, and ``--ahead``
+one behind it and one around the batches.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+Ready = tuple[Batch, tuple[Any, ...]]  # a batch, and what the model is called with
 LEARNING_RATES = {"adam": 2e-3, "adagrad": 2e-2, "sgd": 1.0}
 SHOW_EVERY = 10  # steps; reading the loss makes a GPU wait
 
@@ -46,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--topology", help="<hosts>x<ranks per host>; default: as torchrun was started")
     parser.add_argument("--tower-module", choices=("dlrm", "dcn", "dot"), help="compress towers; changes the model")
     parser.add_argument("--tower-dim", type=int, help="width of a vector that a tower sends; default: --dim")
+    parser.add_argument("--ahead", action="store_true", help="let a step overlap with the ones before and after it")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=2048, help="rows per step over all ranks")
     parser.add_argument("--dim", type=int, default=16, help="embedding width")
@@ -58,8 +64,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.data == "criteo" and args.path is None:
         parser.error("--data criteo: expected --path with a file in Criteo's format, found none")
-    if args.tower_module is not None and args.backend != "dmt":
-        parser.error(f"--tower-module: expected --backend dmt, found {args.backend}")
+    for option, asked in (("--tower-module", args.tower_module is not None), ("--ahead", args.ahead)):
+        if asked and args.backend != "dmt":
+            parser.error(f"{option}: expected --backend dmt, found {args.backend}")
     return args
 
 
@@ -131,17 +138,27 @@ def train_epoch(
     device: torch.device,
     world: int,
     show: Callable[[int, float, float], None],
+    prefetch: Callable[[Iterable[Ready]], Iterable[Ready]] = iter,
 ) -> tuple[float, float]:
     """Go through the training rows once.
+
+    Args:
+        model: compiled or not.
+        optimizers: of its parameters.
+        batches: this rank's.
+        device: where the model is.
+        world: number of ranks.
+        show: called now and then with step, loss and samples per second.
+        prefetch: passes on batches whose tensors are on the device, and may do something with the next one already.
 
     Returns:
         The mean loss and the samples per second, both over all ranks.
     """
     loss_sum, rows, start = torch.zeros((), dtype=torch.float64, device=device), 0, time.perf_counter()
-    for step, batch in enumerate(batches, start=1):
-        dense_BI, ids, offsets = batch.inputs(device)
+    ready = ((batch, batch.inputs(device)) for batch in batches)
+    for step, (batch, inputs) in enumerate(prefetch(ready), start=1):
         labels_B = batch.labels_B.to(device)
-        logits_B = model(dense_BI, ids, offsets)
+        logits_B = model(*inputs)
         local_sum = binary_cross_entropy_with_logits(logits_B, labels_B, reduction="sum")
         # Gradients are averaged over ranks, as under DDP: each rank weighs 1 / world however many rows it has. For the
         # mean over the rows of the global batch a rank's loss is therefore its sum x world / global rows. A rank
@@ -207,6 +224,12 @@ def main() -> None:
 
         dmt_compile.warmup(compiled, next(iter(train_batches(0))).inputs(device))  # the optimizer needs the towers
     optimizers = make_optimizers(model, args.optimizer, args.lr or LEARNING_RATES[args.optimizer], args.sparse)
+    prefetch: Callable[[Iterable[Ready]], Iterable[Ready]] = iter
+    if args.ahead:
+        import dmt_compile
+
+        prefetch = partial(dmt_compile.prefetch, compiled=compiled, batch_of=itemgetter(1))  # ids of the next batch
+        dmt_compile.defer_step(optimizers[-1], compiled)  # what has the dense parameters: their averages arrive later
 
     name = args.backend + (f" x{world} as {topology}" if world > 1 else "")
     name += f", {args.tower_module} towers" if args.tower_module is not None else ""
@@ -224,7 +247,7 @@ def main() -> None:
             def show(step: int, loss: float, speed: float, task: TaskID = task) -> None:
                 bar.update(task, completed=step, loss=loss, speed=speed)
 
-            loss, samples_per_s = train_epoch(compiled, optimizers, train_batches(epoch), device, world, show)
+            loss, samples_per_s = train_epoch(compiled, optimizers, train_batches(epoch), device, world, show, prefetch)
             bar.update(task, completed=steps, loss=loss, speed=samples_per_s)
 
     model.eval()

@@ -51,19 +51,36 @@ def test_the_script_reads_a_click_log(tmp_path: Path) -> None:
     assert done.stdout.startswith("eager: loss")
 
 
-def test_towers_without_dmt_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("option", [("--tower-module", "dlrm"), ("--ahead",)])
+def test_what_dmt_alone_does_is_refused_without_it(option: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_args(["--tower-module", "dlrm"])
-    assert "--tower-module: expected --backend dmt, found eager" in capsys.readouterr().err
+        parse_args(list(option))
+    assert f"{option[0]}: expected --backend dmt, found eager" in capsys.readouterr().err
 
 
 def test_the_script_trains_towers(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     small = ("--limit-rows", "3000", "--epochs", "1", "--batch-size", "500", "--quiet", "--json", str(file))
-    done = run("--backend", "dmt", "--tower-module", "dlrm", "--tower-dim", "8", *small)
+    done = run("--backend", "dmt", "--tower-module", "dlrm", "--tower-dim", "8", "--ahead", *small)
     assert done.returncode == 0, done.stderr
     assert "dmt, dlrm towers: loss" in done.stdout
     assert 0 < json.loads(file.read_text())["auc"] < 1
+
+
+@pytest.mark.slow
+def test_steps_that_overlap_give_the_same_numbers(tmp_path: Path) -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT))
+    results = []
+    for ahead in ((), ("--ahead",)):
+        file = tmp_path / f"result{len(ahead)}.json"
+        small = ("--limit-rows", "3000", "--epochs", "2", "--batch-size", "500", "--topology", "2x1")
+        command = [sys.executable, *launch, "--backend", "dmt", *small, "--json", str(file), *ahead]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "batches pass through" not in done.stderr
+        found = json.loads(file.read_text())
+        results.append((found["loss"], found["auc"]))
+    assert results[0] == results[1]
 
 
 def test_several_ranks_without_dmt_are_refused() -> None:
