@@ -11,7 +11,7 @@ from torch import fx
 from dmt_compile import torch_internals
 from dmt_compile.capture import Capture, dynamic_dims, read_capture
 from dmt_compile.config import Options
-from dmt_compile.ir.metadata import LOOKUP_RULES, is_plain_lookup
+from dmt_compile.ir.metadata import LOOKUP_RULES, equal_sizes, is_plain_lookup
 from dmt_compile.ir.pass_base import PassContext, placeholders
 from dmt_compile.ir.stages import Stage
 from dmt_compile.pipeline import run_pipeline
@@ -82,7 +82,7 @@ def _is_ours(backend: Any) -> bool:
 
 torch_internals.mark_before_tracing(_is_ours, _early_dims)
 for _lookup, _rule in LOOKUP_RULES.items():
-    torch_internals.trace_by_rule(_lookup, _rule, is_plain_lookup)
+    torch_internals.trace_by_rule(_lookup, _rule, is_plain_lookup, equal_sizes)
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:

@@ -288,6 +288,31 @@ def test_two_features_share_a_table_and_offsets_come_as_one_tensor(first: int, s
     assert graphs == ([1, 2, 2, 2, 2, 2, 2] if first == 0 else [1, 1, 1, 1, 2, 2, 2])
 
 
+class WeightedBags(nn.Module):
+    """Bags whose ids have a weight each, of the batch: two inputs that are equally long in every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = nn.EmbeddingBag(9, 4, mode="sum")
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self.bags(ids, offsets, weights)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_weights_of_an_empty_first_batch_are_as_many_as_its_ids(first: int) -> None:
+    torch.manual_seed(0)
+    model = WeightedBags()
+    step_model = compiled(model)
+    for samples in (first, 3, 1, 0, 5):
+        batch = torch.randint(9, (2 * samples,)), torch.arange(samples) * 2, torch.rand(2 * samples)
+        assert torch.equal(step_model(*batch), model(*batch))
+    assert counters["stats"]["unique_graphs"] == 1
+    ids, offsets, weights = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 2]), torch.ones(3)
+    with pytest.raises(BatchError, match="expected one weight for each of 4 ids of table bags, found 3"):
+        step_model(ids, offsets, weights)
+
+
 def test_a_model_without_tables_is_compiled_with_a_notice(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1))

@@ -191,6 +191,13 @@ def is_plain_lookup(target: Callable[..., Any], args: tuple[Any, ...], kwargs: d
     return padding is None or (isinstance(padding, int) and isinstance(rows, int) and -rows <= padding < rows)
 
 
+def equal_sizes(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Return the sizes that a lookup takes for equal: those of ids and of their weights."""
+    given = inspect.signature(target).bind(*args, **kwargs).arguments
+    weights = given.get("per_sample_weights")
+    return [] if weights is None else list(zip(given["input"].shape, weights.shape, strict=False))
+
+
 def describe(value: Any) -> str:
     """Write a value's metadata as one line."""
     if isinstance(value, torch.Tensor):

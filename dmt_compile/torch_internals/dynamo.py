@@ -19,6 +19,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx.experimental import _config
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 from dmt_compile.torch_internals.sizes import canonical_expression
@@ -129,10 +130,15 @@ def _set_tracing_options() -> None:
             option.__enter__()
 
 
-_rules: dict[Any, tuple[Callable[..., Any], Callable[..., bool]]] = {}
+_rules: dict[Any, tuple[Callable[..., Any], Callable[..., bool], Callable[..., Sequence[tuple[Any, Any]]]]] = {}
 
 
-def trace_by_rule(target: Callable[..., Any], rule: Callable[..., Any], applies: Callable[..., bool]) -> None:
+def trace_by_rule(
+    target: Callable[..., Any],
+    rule: Callable[..., Any],
+    applies: Callable[..., bool],
+    equal: Callable[..., Sequence[tuple[Any, Any]]],
+) -> None:
     """Let Dynamo, while it traces for a backend of ours, take what calls of ``target`` give from a cheaper rule.
 
     The first call of each form (types, dimensions, options) still goes through PyTorch's own rule, with its errors;
@@ -143,8 +149,10 @@ def trace_by_rule(target: Callable[..., Any], rule: Callable[..., Any], applies:
         rule: gives what ``target`` gives for fake arguments.
         applies: tells, of ``target``, its arguments and keyword arguments, whether the rule may stand for PyTorch's:
             whether that one asks nothing of sizes.
+        equal: returns, of the same, the sizes that must be equal for ``target`` to be called at all. PyTorch's own rule
+            asks whether they are, which ends the graph where an empty first batch left them without values.
     """
-    _rules[target] = rule, applies
+    _rules[target] = rule, applies, equal
 
 
 def _run_with_rules(run_node: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,9 +160,14 @@ def _run_with_rules(run_node: Callable[..., Any]) -> Callable[..., Any]:
     trusted: dict[Any, bool] = {}  # by form, whether the rule says what PyTorch's own does
 
     def run(tracer: Any, node: torch.fx.Node, args: Any, kwargs: Any, module: Any) -> Any:
-        rule, applies = _rules.get(node.target, (None, None)) if node.op == "call_function" else (None, None)
-        form = None if rule is None else (node.target, _form(args), _form(kwargs), torch.is_grad_enabled())
-        if rule is None or applies is None or not applies(node.target, args, kwargs):
+        if node.op != "call_function" or node.target not in _rules:
+            return run_node(tracer, node, args, kwargs, module)
+        rule, applies, equal = _rules[node.target]
+        form = node.target, _form(args), _form(kwargs), torch.is_grad_enabled()
+        for one, other in equal(node.target, args, kwargs):
+            if free_unbacked_symbols((one, other)):
+                torch._check(one == other)
+        if not applies(node.target, args, kwargs):
             return run_node(tracer, node, args, kwargs, module)
         if trusted.get(form):
             return rule(*args, **kwargs)
