@@ -313,6 +313,29 @@ def test_weights_of_an_empty_first_batch_are_as_many_as_its_ids(first: int) -> N
         step_model(ids, offsets, weights)
 
 
+class MatrixBags(nn.Module):
+    """Bags that are rows of a matrix; PyTorch counts them by the ids, not by the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = nn.EmbeddingBag(9, 4, mode="sum")
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.bags(ids)], dim=1)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+@pytest.mark.parametrize("columns", [1, 2])
+def test_an_empty_first_matrix_of_ids_has_as_many_bags_as_rows(first: int, columns: int) -> None:
+    torch.manual_seed(0)
+    model = MatrixBags()
+    step_model = compiled(model)
+    for samples in (first, 3, 1, 0, 5):
+        ids = torch.randint(9, (samples, columns))
+        assert torch.equal(step_model(ids), model(ids))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_model_without_tables_is_compiled_with_a_notice(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1))

@@ -63,10 +63,10 @@ PLAIN: dict[str, tuple[LookUp, list[tuple[torch.Tensor, ...]]]] = {
     "ids": (lambda w, i: F.embedding(i, w), ids(3)),
     "ids, padding": (lambda w, i: F.embedding(i, w, padding_idx=2), ids(3)),
     "sequences": (lambda w, i: F.embedding(i, w).sum(1), ids(3, 2)),
-}
-OTHER: dict[str, tuple[LookUp, list[tuple[torch.Tensor, ...]]]] = {
     "matrices of ids": (lambda w, i: F.embedding_bag(i, w), ids(3, 2)),
     "weights": (lambda w, i, o, f: F.embedding_bag(i, w, o, None, 2.0, False, "sum", False, f), bags(weights=True)),
+}
+OTHER: dict[str, tuple[LookUp, list[tuple[torch.Tensor, ...]]]] = {
     "largest norm": (lambda w, i: F.embedding(i, w, max_norm=1.0), ids(3)),
 }
 
@@ -137,8 +137,8 @@ def test_graph_and_guards_are_those_of_pytorchs_rule(
 
 
 def test_a_rule_that_says_something_else_is_not_used(own: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    rule, applies = dynamo._rules[F.embedding]
-    monkeypatch.setitem(dynamo._rules, F.embedding, (lambda i, w: rule(i[1:], w), applies))
+    rule, *others = dynamo._rules[F.embedding]
+    monkeypatch.setitem(dynamo._rules, F.embedding, (lambda i, w: rule(i[1:], w), *others))
     look_up, batch = PLAIN["ids"]
     assert torch.equal(compiled(look_up)(batch), Model(look_up)(batch))
     assert len(own) == 3

@@ -177,16 +177,24 @@ LOOKUP_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.nn.functional.embedding_bag: _embedding_bag,
 }
 # Arguments of which a lookup that Dynamo traces may have any: with the others its own rules check more, or write.
-_PLAIN = {"input", "weight", "offsets", "mode", "sparse", "scale_grad_by_freq", "norm_type", "include_last_offset"}
+_PLAIN = {
+    *("input", "weight", "offsets", "mode", "sparse", "scale_grad_by_freq", "norm_type", "include_last_offset"),
+    "per_sample_weights",
+}
 
 
 def is_plain_lookup(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tell whether PyTorch's own rule for a lookup asks nothing of sizes, so that ``LOOKUP_RULES`` may stand for it."""
+    """Tell whether ``LOOKUP_RULES`` may stand for PyTorch's own rule for a lookup.
+
+    Where that one asks nothing of sizes but what ``equal_sizes`` states. Of a matrix of ids it says that there are as
+    many bags as a range over all ids has steps of a row, and not, what is the same, as many as rows.
+    """
     given = inspect.signature(target).bind(*args, **kwargs).arguments
-    bags = target is torch.nn.functional.embedding_bag
     padding, rows = given.pop("padding_idx", None), given["weight"].shape[0]
     unusual = any(value is not None and name not in _PLAIN for name, value in given.items())
-    if unusual or given["weight"].ndim != 2 or (bags and given["input"].ndim != 1):
+    if unusual or given["weight"].ndim != 2:
+        return False
+    if target is torch.nn.functional.embedding_bag and given["input"].ndim != 2 - (given.get("offsets") is not None):
         return False
     return padding is None or (isinstance(padding, int) and isinstance(rows, int) and -rows <= padding < rows)
 

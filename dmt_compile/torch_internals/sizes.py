@@ -61,6 +61,20 @@ def canonical_expression(size: int | torch.SymInt) -> Any:
     return size.node.shape_env.simplify(size.node.expr)
 
 
+def same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    """Tell whether two sizes are the same number, whatever their symbols are: tried with some numbers above 0."""
+    expressions = [canonical_expression(size) for size in (one, other)]
+    if expressions[0] == expressions[1]:
+        return True
+    symbols = sorted(set().union(*(getattr(e, "free_symbols", set()) for e in expressions)), key=str)
+    for first in (1, 2, 5, 11):
+        numbers = {symbol: first + 3 * place for place, symbol in enumerate(symbols)}
+        values = {e.subs(numbers) if hasattr(e, "subs") else e for e in expressions}
+        if len(values) > 1:
+            return False
+    return True
+
+
 def size_from_expression(mode: FakeTensorMode, expression: Any) -> int | torch.SymInt:
     """Return the size for an expression over symbols of ``mode``."""
     if expression.is_number:
