@@ -140,6 +140,25 @@ class Mixture(nn.Module):
         return draw(11, int(lengths.sum())), lengths.cumsum(0) - lengths, fields, history, draw(13, samples)
 
 
+class MatrixAndWeights(nn.Module):
+    """Bags that are rows of a matrix of ids, and bags whose ids have a weight each, under a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.weighted = (nn.EmbeddingBag(9, 4, mode="sum") for _ in range(2))
+        self.top = nn.Linear(8, 1)
+
+    def forward(
+        self, matrix: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        return self.top(torch.cat([self.rows(matrix), self.weighted(ids, offsets, weights)], dim=1)).squeeze(1)
+
+    def batch(self, samples: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Return a batch with two ids a bag."""
+        matrix, ids = (torch.randint(9, (samples, 2), generator=generator) for _ in range(2))
+        return matrix, ids.reshape(-1), torch.arange(samples) * 2, torch.rand(2 * samples, generator=generator)
+
+
 class Projected(DLRM):
     """A DLRM whose features, and its dense vector, pass through one and the same projection before they meet."""
 

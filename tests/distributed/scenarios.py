@@ -18,7 +18,7 @@ from dmt_compile.optim import RowWiseAdagrad
 from dmt_compile.runtime import in_backward
 from dmt_compile.runtime.tables import ShardedTable
 from tests.in_backward import attach
-from tests.models import DLRM, Mixture, Projected, concatenate, dense_of, make_batch
+from tests.models import DLRM, MatrixAndWeights, Mixture, Projected, concatenate, dense_of, make_batch
 
 # Simulated ranks verify the same programs after each pass; here four processes would.
 OPTIONS = {"dense_compiler": "eager", "first_timeout_s": 60.0, "timeout_s": 10.0, "verify": False}
@@ -274,6 +274,23 @@ def evaluate_and_train(rank: int) -> tuple[int, int]:
             with torch.no_grad():
                 step_model(*make_batch(model, (2 * step + rank) % 5, generator))
     return counters["stats"]["unique_graphs"], analysed.call_count
+
+
+def empty_first_batch(rank: int, empty: int) -> list[bool]:
+    """Begin with an empty batch on one rank; tell of each step whether the output is the flat model's."""
+    torch.manual_seed(0)
+    model = MatrixAndWeights()
+    flat = copy.deepcopy(model)
+    step_model = compiled(model)
+    generator = torch.Generator().manual_seed(rank)
+    equal = []
+    for step in range(3):
+        batch = model.batch(0 if (rank, step) == (empty, 0) else 2 + rank + step, generator)
+        output = step_model(*batch)
+        equal.append(torch.equal(output, flat(*batch)))
+        output.square().sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    return equal
 
 
 # ------------------------------------------------------------------------------------------------ bad input

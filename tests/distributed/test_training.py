@@ -212,6 +212,11 @@ def test_batches_of_any_size_share_two_graphs_on_every_rank_and_each_is_traced_o
     assert values(run_ranks(scenarios.evaluate_and_train, 2)) == [(2, 2)] * 2
 
 
+@pytest.mark.parametrize("empty", [pytest.param(0, marks=slow), 1])
+def test_a_rank_may_begin_with_an_empty_batch(empty: int) -> None:
+    assert values(run_ranks(scenarios.empty_first_batch, 2, empty)) == [[True] * 3] * 2
+
+
 @pytest.mark.parametrize("how", ["head", "graph break"])
 def test_dense_parameters_outside_the_graph_are_averaged(how: str) -> None:
     for result in values(run_ranks(scenarios.partly_compiled, 2, how)):
