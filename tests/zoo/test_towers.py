@@ -23,7 +23,6 @@ from tests.zoo.models import ZOO
 # Model -> part of the reason why not even a module that changes nothing fits.
 REFUSED = {
     "mixed_dimension": "stack joins 3 dimensions along dimension 0",
-    "padded_bags": "feature tables.1 has not one vector a sample, and fewer than two features are left",
     "tied_projection": "no cat or stack joins the vectors of several features",
     "graph_break": "no cat or stack joins the vectors of several features",
     "codebook": "feature assignment is joined twice",
