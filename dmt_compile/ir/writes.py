@@ -82,7 +82,10 @@ def unordered_readers(gm: fx.GraphModule, regions: Mapping[fx.Node, int]) -> Ite
     """
     places = {node: place for place, node in enumerate(gm.graph.nodes)}
     for node in gm.graph.nodes:
-        shared = set(chain.from_iterable(_shared(_origin(target)) for target in _written_tensors(node)))
+        written = _written_tensors(node)
+        if not written:
+            continue
+        shared = set(chain.from_iterable(_shared(_origin(target)) for target in written))
         readers = {user for view in shared for user in view.users if view in _read_by(user)}
         ordered = ancestors([node]) | dependents([node])
         for reader in sorted(readers - ordered, key=places.__getitem__):
