@@ -21,6 +21,7 @@ from dmt_compile.passes.compile_dense_regions import CompileDenseRegions
 from dmt_compile.passes.compress_collectives import CompressCollectives
 from dmt_compile.passes.find_interaction import FindInteraction
 from dmt_compile.passes.find_tables import FindTables
+from dmt_compile.passes.fold_blocks import FoldBlocks
 from dmt_compile.passes.fold_casts import FoldCasts
 from dmt_compile.passes.fold_joins import FoldJoins
 from dmt_compile.passes.fold_permutes import FoldPermutes
@@ -63,6 +64,7 @@ def passes_in_order(options: Options) -> tuple[Pass, ...]:
         BatchLookups(),  # after the exchanges: fuses what is left on a rank
         FuseOptimizers(),  # after batching: a step needs all lookups of a table in one operator
         FoldJoins(),  # after batching: the joined features are there to be read at once
+        FoldBlocks(),  # after joins are folded: what reads several features as one slice needs them side by side
         FuseInteraction(options.kernels),  # after joins are folded, which gives the vectors their final form
         FuseCross(options.kernels),  # after joins are folded, so that it sees what regions will hold
         SelectKernels(options.kernels),  # after lookups and exchanges have their final arguments

@@ -5,7 +5,9 @@ model reads columns of it in their order, it copies one slice instead of a colum
 dense compiler sees one input, not a thousand, and the backward pass has one gradient to join.
 
 On one rank the order of the lookups is free: it becomes that of the first join that reads each. Lookups of one table
-keep their order, in which its gradients are summed; on several ranks the owners set the order.
+keep their order, in which its gradients are summed. On several ranks the owners set the order: there a join is folded
+where it reads all its features as one slice. Each further slice would cost a backward pass as much as all features do;
+such joins are left to ``fold_blocks``.
 """
 
 from __future__ import annotations
@@ -50,6 +52,16 @@ class _Join:
     stacks: bool
 
     @property
+    def exchanged(self) -> bool:
+        """Whether features come through an exchange."""
+        return any(column is not None and column.joined.target is not ops.batched_lookup for column in self.columns)
+
+    @property
+    def fewest_runs(self) -> int:
+        """Its inputs where all features of one group are one slice."""
+        return len({column.joined for column in self.columns if column is not None}) + self.columns.count(None)
+
+    @property
     def parts(self) -> tuple[fx.Node, ...]:
         """What it joins, by now: a part may be a join that was replaced, as that of a table's pieces."""
         return tuple(cast(Any, _arguments(self.node)["tensors"]))
@@ -81,6 +93,8 @@ class FoldJoins(Pass):
             runs = self._runs(join, ctx)
             if len(runs) == len(join.parts):
                 skipped.append((join.node.name, self._nearest(join, ctx)))
+            elif join.exchanged and len(runs) > join.fewest_runs:
+                skipped.append((join.node.name, "its features are no one slice of what the last exchange gave"))
             else:
                 self._fold(gm, ctx, join, runs)
                 folded += 1

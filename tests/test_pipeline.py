@@ -39,6 +39,7 @@ NAMES = [
     "batch_lookups",
     "fuse_optimizers",
     "fold_joins",
+    "fold_blocks",
     "fuse_interaction",
     "fuse_cross",
     "select_kernels",
@@ -93,7 +94,7 @@ def test_the_dense_compiler_reaches_its_pass() -> None:
 
 @pytest.mark.parametrize(
     ("until", "ran"),
-    [(Stage.CAPTURED, 4), (Stage.FLAT, 6), (Stage.TOWERED, 10), (Stage.DISTRIBUTED, 21), (Stage.LOWERED, 23)],
+    [(Stage.CAPTURED, 4), (Stage.FLAT, 6), (Stage.TOWERED, 10), (Stage.DISTRIBUTED, 22), (Stage.LOWERED, 24)],
 )
 def test_a_pipeline_stops_at_its_stage(until: Stage, ran: int) -> None:
     graph = dlrm("2x2")

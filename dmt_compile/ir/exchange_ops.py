@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from dmt_compile.ir.ops import FreshSizes, operator, requires_grad
 from dmt_compile.kernels.choice import REFERENCE
 from dmt_compile.runtime import world as runtime
 from dmt_compile.runtime.route import Route
-from dmt_compile.runtime.transfer import Transfer
+from dmt_compile.runtime.transfer import Block, Transfer
 
 
 class InFlight(NamedTuple):
@@ -120,21 +121,110 @@ def peer_permute(joined_GW: torch.Tensor, route: Route) -> torch.Tensor:
     return torch.cat([blocks[rank] for rank in order])
 
 
+def _blocks_of(flat: torch.Tensor, blocks: Sequence[Block]) -> list[torch.Tensor]:
+    parts = flat.split([rows * width for rows, width in blocks])
+    return [part.view(block) for part, block in zip(parts, blocks, strict=True)]
+
+
 def _fake_join_blocks(sizes: FreshSizes, received: Any, route: Any, hop: str) -> Any:
     layout = route.layout
     if hop == "peer" or (layout.topology.hosts == 1 and not layout.outputs):
-        groups = range(layout.topology.hosts)
-        width = sum(map(layout.group_width, groups)) if hop == "peer" else sum(layout.rank_widths)
-        return requires_grad(received.new_empty(route.batch_size, width), received)
+        return requires_grad(received.new_empty(route.batch_size, sum(layout.last_widths)), received)
     return requires_grad(received.new_empty(sizes.make(), sizes.make()), received)
 
 
 @operator(_fake_join_blocks)
 def join_blocks(received: torch.Tensor, route: Route, hop: str) -> torch.Tensor:
     """Lay the blocks that a hop delivered side by side: (P, W) after ``intra`` (step e), (B, W) after ``peer``."""
-    blocks = route.blocks(hop)[1]
-    parts = received.split([rows * width for rows, width in blocks])
-    return torch.cat([part.view(block) for part, block in zip(parts, blocks, strict=True)], dim=1)
+    out: torch.Tensor = _JoinBlocks.apply(received, route.blocks(hop)[1])  # type: ignore[no-untyped-call]
+    return out
+
+
+class _JoinBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, received: torch.Tensor, blocks: list[Block]) -> torch.Tensor:
+        ctx.blocks = blocks
+        return torch.cat(_blocks_of(received, blocks), dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        back = grads[0].new_empty(grads[0].numel())
+        parts = grads[0].split([width for _, width in ctx.blocks], dim=1)
+        for block, part in zip(_blocks_of(back, ctx.blocks), parts, strict=True):
+            block.copy_(part)
+        return back, None
+
+
+def _fake_split_blocks(
+    sizes: FreshSizes, received: Any, route: Any, hop: str, factor: float, widths: Any = None
+) -> Any:
+    by_block = _widths_by_block(route, widths)
+    blocks = [received.new_empty(route.batch_size, sum(own)) for own in by_block]
+    columns = [column for block, own in zip(blocks, by_block, strict=True) for column in block.split(own, dim=1)]
+    return _in_feature_order([requires_grad(column, received) for column in columns], route, widths)
+
+
+@operator(_fake_split_blocks)
+def split_blocks(
+    received: torch.Tensor, route: Route, hop: str, factor: float, widths: tuple[int, ...] | None = None
+) -> tuple[torch.Tensor | None, ...]:
+    """Return each feature's columns (B, D) where the last hop put them, as ``split_features`` of joined blocks would.
+
+    Args:
+        received: what the hop delivered, 1-D.
+        route: of the step.
+        hop: ``peer``, or ``intra`` where there is one tower group.
+        factor: of the gradient, as ``scale_gradient`` would have it.
+        widths: of the towers' outputs in their order; ``None`` for features.
+    """
+    columns = _SplitBlocks.apply(  # type: ignore[no-untyped-call]
+        received, route.blocks(hop)[1], _widths_by_block(route, widths), factor
+    )
+    return _in_feature_order(columns, route, widths)
+
+
+def _widths_by_block(route: Route, widths: tuple[int, ...] | None) -> list[list[int]]:
+    """Return the widths of the columns in each block of the last hop; none reaches from one block into the next."""
+    remaining = iter(widths or [route.layout.widths[index] for index in route.layout.column_order])
+    out: list[list[int]] = []
+    for width in route.layout.last_widths:
+        own: list[int] = []
+        while sum(own) < width:
+            own.append(next(remaining))
+        out.append(own)
+    return out
+
+
+def _in_feature_order(
+    columns: Sequence[torch.Tensor], route: Route, widths: tuple[int, ...] | None
+) -> tuple[torch.Tensor | None, ...]:
+    if widths:
+        return tuple(columns)
+    features = dict(zip(route.layout.column_order, columns, strict=True))
+    return tuple(features.get(index) for index in range(len(route.layout.widths)))
+
+
+class _SplitBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, received: torch.Tensor, blocks: list[Block], widths: list[list[int]], factor: float
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.saved = blocks, [len(own) for own in widths], factor
+        found = zip(_blocks_of(received, blocks), widths, strict=True)
+        return tuple(column for block, own in found for column in block.split(own, dim=1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        # Written where the exchange takes them from, a block at a time, which is scaled while a cache still holds it.
+        blocks, numbers, factor = ctx.saved
+        back, remaining = grads[0].new_empty(sum(rows * width for rows, width in blocks)), iter(grads)
+        for block, number in zip(_blocks_of(back, blocks), numbers, strict=True):
+            if number:
+                torch.cat([next(remaining) for _ in range(number)], dim=1, out=block)
+                block.mul_(factor)
+        return back, None, None, None
 
 
 class TowerRun(NamedTuple):

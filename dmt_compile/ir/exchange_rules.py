@@ -17,7 +17,9 @@ _LOOKUPS = (ops.lookup, ops.batched_lookup)
 _HOPS = {what + hop: group for what in ("ids", "weights") for way in ID_HOPS.values() for hop, group in way}
 _HOPS |= {"intra": "intra", "peer": "peer"}
 _ALL_TO_ALL = (ex.start_all_to_all, ex.wait_all_to_all)
-_ROUTED = (ex.start_all_to_all, ex.peer_permute, ex.join_blocks, piece_ops.add_blocks, ex.run_towers)
+_ROUTED = (
+    ex.start_all_to_all, ex.peer_permute, ex.join_blocks, ex.split_blocks, piece_ops.add_blocks, ex.run_towers
+)  # fmt: skip
 # Each way that data goes; ids and their weights may take turns.
 _WAYS = tuple(
     tuple(hop for hop in _HOPS if hop.partition("_")[0] in (what, "intra", "peer")) for what in ("ids", "weights")
@@ -46,12 +48,12 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     groups = ctx.plan.tower_groups()
     after = ["peer", ex.join_blocks] if groups.hosts > 1 else []
     after += [gradient_ops.scale_gradient] if ctx.training else []
-    for split in calls(gm, ops.split_features):
+    for split in calls(gm, ops.split_features, ex.split_blocks):
         behind = _behind(split.args[0], lambda node: node.target not in (ex.join_features, ops.batched_lookup))
         start: Any = behind[0].args[0] if behind else split.args[0]
         folded = [ex.peer_permute] if start.kwargs.get("peer_order") else []
         found = [*folded, *(_step(node) for node in behind)]
-        routed = [node for node in behind if node.target in _ROUTED]
+        routed = [node for node in (*behind, split) if node.target in _ROUTED]
         route: Any = routed[-1].args[1] if routed else None
         for node in reversed(routed):
             if node.args[1] is not route:
@@ -60,8 +62,12 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
         expected: list[Any] = [] if at_home or groups.hosts == 1 or groups.local_ranks == 1 else [ex.peer_permute]
         expected += ["intra", ex.join_blocks] if groups.local_ranks > 1 else []
         expected += [piece_ops.add_blocks] if route is not None and route.meta["val"].layout.summed else []
-        expected += [ex.run_towers] if split.args[1] is None else []
+        in_blocks = split.target is ex.split_blocks
+        sent_by_towers = split.args[4] is not None if in_blocks else split.args[1] is None
+        expected += [ex.run_towers] if sent_by_towers else []
         expected += after
+        if in_blocks:  # it joins and scales itself; ``scaled`` holds it to the factor
+            del expected[-1 - ctx.training :]
         if found != expected:
             yield f"{split.name} comes from the steps {_names(found)}, expected {_names(expected)}"
 

@@ -24,6 +24,10 @@ def scaled(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
         expected = float(ranks) if of_weights or of_towers else 1 / ranks
         if node.args[1] != expected:
             yield f"{node.name} scales its gradient by {node.args[1]}, expected {expected}"
+    for node in calls(gm, ex.split_blocks):
+        expected = 1 / ranks if ctx.training else 1.0
+        if node.args[3] != expected:
+            yield f"{node.name} scales its gradient by {node.args[3]}, expected {expected}"
 
 
 def averaged_once(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:

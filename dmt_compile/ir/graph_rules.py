@@ -62,7 +62,8 @@ def metadata(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
             with torch.no_grad():  # an in-place operation ran on these values before, autograd would refuse it now
                 derived = ctx.environment.derive(node, gm)
         except Exception as error:
-            yield f"{node.name} does not accept its arguments: {str(error).splitlines()[0]}"
+            said = [*str(error).splitlines(), type(error).__name__][0]
+            yield f"{node.name} does not accept its arguments: {said}"
             continue
         if not same(node.meta["val"], derived, known):
             yield f"{node.name} is recorded as {describe(node.meta['val'])} but gives {describe(derived)}"
@@ -98,7 +99,7 @@ def _output(gm: fx.GraphModule) -> fx.Node:
 def unshared(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for node in gm.graph.nodes:
         origins = {origin_of(written, shares_memory).target for written in written_by(node)}
-        if origins & {ops.split_features, ops.check_batch}:
+        if origins & {ops.split_features, ex.split_blocks, ops.check_batch}:
             yield f"{node.name} writes in place to what it shares with other features"
 
 

@@ -125,6 +125,12 @@ class Layout:
         """Columns of a tower group's features, the sums of pieces among them."""
         return sum(self.widths[i] for i in self.group_features(group))
 
+    @cached_property
+    def last_widths(self) -> tuple[int, ...]:
+        """Columns of each block that the last exchange delivers: of every tower group, or of every rank of the one."""
+        groups = range(self.topology.hosts)
+        return self.rank_widths if len(groups) == 1 else tuple(map(self.group_width, groups))
+
     def group_lookups(self, group: int) -> tuple[int, ...]:
         """Feature indices of a tower group, in the order of their columns after the exchange inside it."""
         local = self.topology.local_ranks

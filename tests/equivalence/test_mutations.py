@@ -155,6 +155,13 @@ def two_features_on_a_rank() -> Case:
 
 
 @case
+def rows_in_pieces() -> Case:
+    found = of_spec([Table(rows, 4) for rows in (7, 9, 5, 8, 6)], [Feature(i) for i in range(5)])
+    partition = [["emb.1[0:4]", "emb.0", "emb.1[4:9]", "emb.2", "emb.3", "emb.4"]]
+    return replace(found, steps=[found.steps[0][:2]], topology="1x2", options={"partition": partition})
+
+
+@case
 def sequences_beside_a_bag() -> Case:
     return of_spec([Table(7, 3), Table(9, 3)], [Feature(0), Feature(1, "sequence", length=3)])
 
@@ -354,12 +361,26 @@ def blocks_are_joined_in_reverse(patch: Patch) -> None:
     swap(patch, ex, "join_blocks", reverse)
 
 
-@mutation("bags", "output 0 differs")
-def features_are_split_in_the_order_of_their_owners(patch: Patch) -> None:
-    def by_owner(joined: torch.Tensor, layout: Any, widths: Any = None) -> tuple[torch.Tensor, ...]:
-        return joined.split(list(widths or layout.widths), dim=1)
+@mutation("rows_in_pieces", "output 0 differs")
+def features_are_split_in_reverse(patch: Patch) -> None:
+    split = ops.split_features
 
-    swap(patch, ops, "split_features", by_owner)
+    def reverse(joined: torch.Tensor, layout: Any, widths: Any = None) -> tuple[torch.Tensor | None, ...]:
+        columns = iter([column for column in split(joined, layout, widths) if column is not None][::-1])
+        return tuple(None if column is None else next(columns) for column in split(joined, layout, widths))
+
+    swap(patch, ops, "split_features", reverse)
+
+
+@mutation("bags", "output 0 differs")
+def features_are_read_in_the_order_of_their_blocks(patch: Patch) -> None:
+    split = ex.split_blocks
+
+    def by_block(received: torch.Tensor, route: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+        columns = split(received, route, *args)
+        return tuple(columns[index] for index in route.layout.column_order)
+
+    swap(patch, ex, "split_blocks", by_block)
 
 
 @mutation("bags", "output 0 differs")
@@ -416,6 +437,12 @@ def two_features_get_each_others_ids(patch: Patch) -> None:
 
 @mutation("bags", r"gradient of emb\.0\.weight differs")
 def gradients_of_tables_are_summed(patch: Patch) -> None:
+    split = ex.split_blocks
+    swap(patch, ex, "split_blocks", lambda received, route, hop, factor, *args: split(received, route, hop, 1.0, *args))
+
+
+@mutation("rows_in_pieces", r"gradient of emb\.0\.weight differs")
+def gradients_of_tables_with_row_pieces_are_summed(patch: Patch) -> None:
     swap(patch, gradient_ops, "scale_gradient", lambda tensor, factor: tensor.view_as(tensor))
 
 
