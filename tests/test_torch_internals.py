@@ -170,3 +170,29 @@ def test_optimizers_in_the_backward_pass_follow_the_contents(fails: bool) -> Non
     parameter.sum().backward()
     assert torch.equal(parameter, torch.full((2,), 0.5 if fails else 2.5))
     assert parameter.grad is None
+
+
+def test_sizes_that_nothing_reads_are_not_passed() -> None:
+    """Slices of vectors, whose places in memory are symbols too; the length of one is read, that of others not."""
+    passed: list[tuple[Any, ...]] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        torch_internals.drop_unused_sizes(gm)
+
+        def run(*args: Any) -> Any:
+            passed.append(args)
+            return gm(*args)
+
+        return run
+
+    def function(vectors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([vector.sum() for vector in vectors]) * vectors[1].shape[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=backend, dynamic=True)
+    for lengths in ((3, 4, 5), (6, 2, 7)):
+        vectors = [torch.arange(20.0)[place : place + length] for place, length in enumerate(lengths, start=1)]
+        assert torch.equal(compiled(vectors), function(vectors))
+        assert [value for value in passed[-1] if isinstance(value, int)] == [lengths[1]]
+        assert len(passed[-1]) == 4
+    assert len(passed) == 2

@@ -24,7 +24,7 @@ class Messages:
         received: what each member of the group sends is written here; its parts have the sizes of what they send.
         sent: to each member.
         group: a process group of gloo.
-        members: its ranks, in their order.
+        members: its ranks, ascending, as a group numbers them.
         rank: this one, a member; what it sends to itself is copied.
         tag: messages of one tag arrive in the order in which they are sent.
     """
@@ -39,12 +39,12 @@ class Messages:
         tag: int,
     ) -> None:
         self._memory = received, sent
-        others = [place for place, member in enumerate(members) if member != rank]
-        into = [(members[place], received[place]) for place in others if received[place].numel()]
-        out_of = [(members[place], sent[place]) for place in others if sent[place].numel()]
-        self._works = [dist.irecv(part, source, group=group, tag=tag) for source, part in into]
-        self._works += [dist.isend(part, target, group=group, tag=tag) for target, part in out_of]
         mine = members.index(rank)
+        # The group's own methods: ``irecv`` and ``isend`` look up the group and this rank's place in it each time.
+        into = [(part, place) for place, part in enumerate(received) if place != mine and part.numel()]
+        out_of = [(part, place) for place, part in enumerate(sent) if place != mine and part.numel()]
+        self._works = [group.recv([part], place, tag) for part, place in into]
+        self._works += [group.send([part], place, tag) for part, place in out_of]
         received[mine].copy_(sent[mine])
 
     def wait(self, timeout: timedelta) -> None:
@@ -56,4 +56,4 @@ class Messages:
         deadline = time.monotonic() + timeout.total_seconds()
         for work in self._works:
             left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))  # 0 would mean no limit
-            work.wait(left)  # type: ignore[union-attr]
+            work.wait(left)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from dmt_compile import torch_internals
 from dmt_compile.ir import gradient_ops, id_ops
 from dmt_compile.ir.ops import OPERATORS
 from dmt_compile.pipeline import PipelineReport
@@ -27,7 +28,7 @@ class Program:
     """Runs a lowered graph on this rank; one process where ``world`` is ``None``.
 
     Args:
-        gm: the lowered graph.
+        gm: the lowered graph; Dynamo's own, from which inputs go that nothing reads.
         report: what the passes did.
         world: the ranks, or ``None``.
         checksum: a number that must be equal on every rank at this step, or 0.
@@ -46,6 +47,7 @@ class Program:
         limit_s: Callable[[int], float] = lambda call: 60.0,
         ahead: Ahead | None = None,
     ) -> None:
+        torch_internals.drop_unused_sizes(gm)
         self.gm = gm
         self.report = report
         self.world = world
@@ -111,8 +113,6 @@ def fingerprint(gm: fx.GraphModule) -> int:
     numbers: dict[fx.Node, int] = {}
     digest = hashlib.sha256()
     for node in gm.graph.nodes:
-        if node.op == "placeholder" and not node.users and isinstance(node.meta.get("val"), torch.SymInt):
-            continue  # Dynamo passes more sizes for a first batch that is empty
         index = numbers[node] = len(numbers)
         target = node.target if isinstance(node.target, str) and node.op != "placeholder" else ""
         if node.op == "call_function":

@@ -86,6 +86,22 @@ class World(Protocol):
         """Overwrite a tensor with rank 0's."""
 
 
+class _Named:
+    """Gives what the transport raises the name of the collective; a class, since a step enters some thirty."""
+
+    __slots__ = ("_group", "_label", "_start", "_world")
+
+    def __init__(self, world: ProcessWorld, label: str, group: str) -> None:
+        self._world, self._label, self._group = world, label, group
+
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise self._world.broke_off(self._label, self._group, time.monotonic() - self._start, error) from error
+
+
 # The pass that puts a collective into a program, by the collective's name.
 _PASSES = {
     **dict.fromkeys(("exchange_headers", "intra", "peer"), "lower_to_sptt"),
@@ -293,23 +309,21 @@ class ProcessWorld:
         if direction is not None and self.device.type == "cpu":
             self.waited_s[label, direction] += time.perf_counter() - start
 
-    @contextmanager
-    def _named(self, label: str, group: str) -> Any:
-        start = time.monotonic()
-        try:
-            yield
-        except RuntimeError as error:
-            waited = time.monotonic() - start
-            missing = self._missing(label)
-            who = f"ranks {missing} did not arrive" if missing else f"ranks {self._members[group]} broke off"
-            of_pass = f"{_PASSES[label]}: " if label in _PASSES else ""
-            towers = f" of {', '.join(self._towers)}" if group == "intra" and self._towers else ""
-            hint = "" if self._tag == _STEP else "; prefetch on all ranks or on none"
-            raise CollectiveError(
-                f"{of_pass}{label}{towers}: expected all of ranks {list(self._members[group])} within the time limit, "
-                f"found that {who} after {waited:.1f} s (rank {self.rank}); call the model on every rank, in training "
-                f"and evaluation, also with an empty batch{hint}. The transport said: {str(error).splitlines()[0]}"
-            ) from error
+    def _named(self, label: str, group: str) -> _Named:
+        return _Named(self, label, group)
+
+    def broke_off(self, label: str, group: str, waited_s: float, error: RuntimeError) -> CollectiveError:
+        """Return the error that names the collective, and the ranks that did not arrive."""
+        missing = self._missing(label)
+        who = f"ranks {missing} did not arrive" if missing else f"ranks {self._members[group]} broke off"
+        of_pass = f"{_PASSES[label]}: " if label in _PASSES else ""
+        towers = f" of {', '.join(self._towers)}" if group == "intra" and self._towers else ""
+        hint = "" if self._tag == _STEP else "; prefetch on all ranks or on none"
+        return CollectiveError(
+            f"{of_pass}{label}{towers}: expected all of ranks {list(self._members[group])} within the time limit, "
+            f"found that {who} after {waited_s:.1f} s (rank {self.rank}); call the model on every rank, in training "
+            f"and evaluation, also with an empty batch{hint}. The transport said: {str(error).splitlines()[0]}"
+        )
 
     def _missing(self, label: str) -> list[int]:
         """Ask, through the store, which ranks wait in this step too; those that do not say so are missing."""

@@ -18,6 +18,7 @@ from dmt_compile.torch_internals.dense_compilers import (
 )
 from dmt_compile.torch_internals.dynamo import (
     calling_modules,
+    drop_unused_sizes,
     ends_in_graph_break,
     guard_identity,
     input_value,
@@ -68,6 +69,7 @@ __all__ = [
     "compile_with_inductor",
     "default_store",
     "drop_needless_guards",
+    "drop_unused_sizes",
     "enable_python_dispatcher",
     "ends_in_graph_break",
     "fake_mode",

@@ -278,6 +278,19 @@ def _innermost_backend(backend: Any) -> Any:
     return backend
 
 
+def drop_unused_sizes(gm: torch.fx.GraphModule) -> None:
+    """Take sizes that nothing reads out of a graph's inputs, before a backend returns.
+
+    Each tensor brings the symbols of its sizes and of its place in memory as inputs of their own; how many depends on
+    the batch. Dynamo's code computes all of them in every call, through Python, and asks the graph what to pass once
+    the backend has returned.
+    """
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if not node.users and isinstance(node.meta.get("example_value"), torch.SymInt):
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
 def ends_in_graph_break() -> bool:
     """Tell, inside a backend call, whether the model goes on after this graph."""
     reason = InstructionTranslator.current_tx().output.compile_subgraph_reason
