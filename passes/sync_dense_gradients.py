@@ -3,7 +3,8 @@
 All of them pass through one ``dmt::wait_gradients`` at the front, and bucket by bucket through one
 ``dmt::start_gradients`` before what first reads one of the bucket. Autograd runs the backward of what was made last
 first: a bucket leaves as soon as its gradients are there, and is waited for when nothing else is left to do, or by the
-next step where the optimizer's can wait (``dmt_compile.defer_step``).
+next step where the optimizer's can wait (``dmt_compile.defer_step``). With several hosts, what is read before and what
+is read behind an exchange have buckets of their own: gradients of the latter travel while the backward waits for it.
 Floating-point buffers are rank 0's in every training forward, as under DDP.
 
 The gradients of a Tower Module are summed over the ranks of its tower alone, since they carry 1 / ranks already; its
@@ -104,7 +105,9 @@ class SyncDenseGradients(Pass):
         places = {node: place for place, node in enumerate(gm.graph.nodes)}
         first = {node: min(node.users, key=places.__getitem__) for node in nodes}
         users = {node: list(node.users) for node in nodes}
-        buckets = self._buckets(sorted(nodes, key=lambda n: -places[first[n]]), first, levels(gm))
+        # Inside one host a further collective costs more than what it could travel beside.
+        level = levels(gm) if ctx.topology.hosts > 1 else {}
+        buckets = self._buckets(sorted(nodes, key=lambda n: -places[first[n]]), first, level)
         buckets.sort(key=lambda bucket: -places[first[bucket[-1]]])  # by the gradient that comes last
         reduction = self._reduction(ctx, tower, buckets)
         with gm.graph.inserting_before(last.next):
@@ -146,13 +149,13 @@ class SyncDenseGradients(Pass):
     def _buckets(
         self, nodes: Sequence[fx.Node], first: dict[fx.Node, fx.Node], level: dict[fx.Node, int]
     ) -> list[Bucket]:
-        """Put parameters into buckets of one type and device that are read, first, in one dense region."""
+        """Put parameters into buckets of one type and device that are read, first, on one level."""
         buckets: list[Bucket] = []
         open_: dict[Any, tuple[Bucket, int]] = {}  # and the bytes that still go in
         for node in nodes:
             value = node.meta["val"]
             size = value.numel() * value.element_size()
-            kind = level[first[node]], value.dtype, value.device
+            kind = level.get(first[node]), value.dtype, value.device
             bucket, room = open_.get(kind, ([], -1))
             if size > room:
                 bucket, room = [], self.bucket_bytes if buckets else self.first_bucket_bytes

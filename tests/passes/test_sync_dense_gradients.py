@@ -62,6 +62,15 @@ def test_gradients_leave_in_the_order_in_which_they_are_there() -> None:
         assert set(start.users) <= set(region.all_input_nodes)
 
 
+def test_inside_one_host_buckets_are_cut_by_their_bytes_alone() -> None:
+    graph = dlrm("1x4")
+    graph.advance("sync_dense_gradients")
+    [everything] = buckets_of(graph)
+    assert names(graph, everything) == [
+        f"{mlp}.{i}.{w}" for mlp in ("top", "bottom") for i in (2, 0) for w in ("weight", "bias")
+    ]
+
+
 class Twice(nn.Module):
     """Reads one layer before the features are there and again behind them, and another behind them alone."""
 
@@ -92,7 +101,7 @@ def test_a_parameter_that_is_read_twice_leaves_after_the_earlier_reader() -> Non
             "hierarchical (2 hosts x 2), 2 buckets, 3,936 bytes between hosts in all, 5,868 if flat",
         ),
         ("4x1", {}, None, False, "flat (one rank on each host), 2 buckets"),
-        ("1x4", {}, None, False, "flat (one host), 2 buckets"),
+        ("1x4", {}, None, False, "flat (one host), 1 bucket"),
         ("2x2", {"dense_reduction": "flat"}, None, False, "flat (dense_reduction is 'flat'), 2 buckets"),
         ("1x4", {"dense_reduction": "hierarchical"}, None, True, "hierarchical (dense_reduction is 'hierarchical')"),
         ("4x1", {}, "bfloat16", True, "hierarchical (4 hosts x 1, bfloat16 between hosts)"),
