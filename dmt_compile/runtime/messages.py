@@ -5,6 +5,11 @@ sends before it says so: of two ranks of which one is late, the late one sends a
 that it sends. Then each direction of the link has its turn, and the exchange takes twice its time. Here a rank says
 that it is ready before it sends anything, and both directions are in use from the start
 (``tests/distributed/test_messages.py``).
+
+Inside a host it is the other way round, as in ``all_to_all_single``. Who sends to a rank that is ready writes all of it
+at once, under the connection's lock, and gloo's own thread, to which something arrives on the same connection in the
+meantime, asks for that lock again and again until it gets it. What was sent before the other was ready, that thread
+writes itself, in turn with what it reads.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ class Messages:
         members: its ranks, ascending, as a group numbers them.
         rank: this one, a member; what it sends to itself is copied.
         tag: messages of one tag arrive in the order in which they are sent.
+        inside_host: all members are on one host.
     """
 
     def __init__(
@@ -37,14 +43,16 @@ class Messages:
         members: Sequence[int],
         rank: int,
         tag: int,
+        inside_host: bool,
     ) -> None:
         self._memory = received, sent
         mine = members.index(rank)
         # The group's own methods: ``irecv`` and ``isend`` look up the group and this rank's place in it each time.
         into = [(part, place) for place, part in enumerate(received) if place != mine and part.numel()]
         out_of = [(part, place) for place, part in enumerate(sent) if place != mine and part.numel()]
+        sending = [group.send([part], place, tag) for part, place in out_of] if inside_host else []
         self._works = [group.recv([part], place, tag) for part, place in into]
-        self._works += [group.send([part], place, tag) for part, place in out_of]
+        self._works += sending or [group.send([part], place, tag) for part, place in out_of]
         received[mine].copy_(sent[mine])
 
     def wait(self, timeout: timedelta) -> None:

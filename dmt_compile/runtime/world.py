@@ -158,6 +158,7 @@ class ProcessWorld:
         timeout = timedelta(seconds=limit_s)
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._members: dict[str, tuple[int, ...]] = {}
+        self._inside_host: set[str] = set()
         self._chains = Chains(self.device)
         self._later: list[Callable[[], Any]] = []
         self._under_way: set[Messages] = set()  # a pass that breaks off waits for nothing, and the memory stays in use
@@ -189,6 +190,8 @@ class ProcessWorld:
                 if self.rank in ranks:
                     assert group is not None
                     self._groups[name], self._members[name] = group, ranks
+                    if len(set(map(topology.host_of, ranks))) == 1:
+                        self._inside_host.add(name)
 
     def ahead(self) -> ProcessWorld:
         """Return the same ranks for collectives that run beside those of steps, with the same ledger; on CPUs."""
@@ -268,7 +271,8 @@ class ProcessWorld:
     def _messages(
         self, received: Sequence[torch.Tensor], sent: Sequence[torch.Tensor], group: str, tag: int
     ) -> Messages:
-        messages = Messages(received, sent, self._groups[group], self._members[group], self.rank, tag)
+        process_group, members, inside = self._groups[group], self._members[group], group in self._inside_host
+        messages = Messages(received, sent, process_group, members, self.rank, tag, inside)
         self._under_way.add(messages)
         return messages
 

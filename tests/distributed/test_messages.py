@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import Any
 
 import pytest
 import torch
@@ -23,29 +22,37 @@ class _Work:
         time.sleep(self.seconds)
 
 
-def test_a_rank_is_ready_for_all_it_receives_before_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[tuple[str, int, int, int]] = []
-    limits: list[float] = []
+class _Group:
+    """Notes what is asked of it."""
 
-    def note(what: str) -> Any:
-        def call(part: torch.Tensor, other: int, group: Any, tag: int) -> _Work:
-            done.append((what, other, part.numel(), tag))
-            return _Work(0.05, limits)
+    def __init__(self) -> None:
+        self.done: list[tuple[str, int, int, int]] = []
+        self.limits: list[float] = []
 
-        return call
+    def send(self, parts: list[torch.Tensor], place: int, tag: int) -> _Work:
+        self.done.append(("send", place, parts[0].numel(), tag))
+        return _Work(0.05, self.limits)
 
-    monkeypatch.setattr(dist, "irecv", note("receive"))
-    monkeypatch.setattr(dist, "isend", note("send"))
+    def recv(self, parts: list[torch.Tensor], place: int, tag: int) -> _Work:
+        self.done.append(("receive", place, parts[0].numel(), tag))
+        return _Work(0.05, self.limits)
+
+
+@pytest.mark.parametrize("inside_host", [False, True])
+def test_between_hosts_a_rank_is_ready_for_all_it_receives_before_it_sends(inside_host: bool) -> None:
+    group = _Group()
     received, sent = torch.zeros(7).split([2, 1, 0, 4]), torch.ones(6).split([0, 1, 3, 2])
-    messages = Messages(received, sent, None, (4, 5, 6, 7), rank=5, tag=9)  # type: ignore[arg-type]
-    assert done == [("receive", 4, 2, 9), ("receive", 7, 4, 9), ("send", 6, 3, 9), ("send", 7, 2, 9)]
+    messages = Messages(received, sent, group, (4, 5, 6, 7), rank=5, tag=9, inside_host=inside_host)  # type: ignore[arg-type]
+    ready, sending = [("receive", 0, 2, 9), ("receive", 3, 4, 9)], [("send", 2, 3, 9), ("send", 3, 2, 9)]
+    assert group.done == ([*sending, *ready] if inside_host else [*ready, *sending])
     assert torch.cat(received).tolist() == [0, 0, 1, 0, 0, 0, 0]  # what it sends to itself is there
     messages.wait(timedelta(seconds=0.12))
-    assert limits == sorted(limits, reverse=True)
-    assert 0 < limits[-1] < 0.01  # one deadline for all of them, and never none
+    assert len(group.limits) == 4
+    assert group.limits == sorted(group.limits, reverse=True)
+    assert 0 < group.limits[-1] < 0.01  # one deadline for all of them, and never none
 
 
-def exchange_in_two_orders(rank: int) -> bool:
+def exchange_in_two_orders(rank: int, inside_host: bool) -> bool:
     """Exchange under two tags at once, which rank 1 begins in the other order."""
     group, ranks = dist.group.WORLD, dist.get_world_size()
     assert group is not None
@@ -54,7 +61,7 @@ def exchange_in_two_orders(rank: int) -> bool:
         time.sleep(0.05 * (rank == tag))  # each is late once
         sent = [torch.full((100 * tag + source + rank,), float(10 * rank + tag)) for source in range(ranks)]
         received = [torch.empty(100 * tag + source + rank) for source in range(ranks)]
-        made[tag] = Messages(received, sent, group, range(ranks), rank, tag), received, sent
+        made[tag] = Messages(received, sent, group, range(ranks), rank, tag, inside_host), received, sent
     for messages, _, _ in made.values():
         messages.wait(timedelta(seconds=20))
     return all(
@@ -64,5 +71,6 @@ def exchange_in_two_orders(rank: int) -> bool:
     )
 
 
-def test_exchanges_under_two_tags_begin_in_any_order() -> None:
-    assert values(run_ranks(exchange_in_two_orders, 3)) == [True] * 3
+@pytest.mark.parametrize("inside_host", [False, True])
+def test_exchanges_under_two_tags_begin_in_any_order(inside_host: bool) -> None:
+    assert values(run_ranks(exchange_in_two_orders, 3, inside_host)) == [True] * 3
