@@ -160,9 +160,9 @@ def _fake_split_blocks(
     sizes: FreshSizes, received: Any, route: Any, hop: str, factor: float, widths: Any = None
 ) -> Any:
     by_block = _widths_by_block(route, widths)
-    blocks = [received.new_empty(route.batch_size, sum(own)) for own in by_block]
+    blocks = [requires_grad(received.new_empty(route.batch_size, sum(own)), received) for own in by_block]
     columns = [column for block, own in zip(blocks, by_block, strict=True) for column in block.split(own, dim=1)]
-    return _in_feature_order([requires_grad(column, received) for column in columns], route, widths)
+    return _in_feature_order(columns, route, widths)
 
 
 @operator(_fake_split_blocks)
