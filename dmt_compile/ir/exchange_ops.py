@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from dmt_compile.ir.ops import FreshSizes, operator, requires_grad
+from dmt_compile.ir.ops import FreshSizes, column_widths, in_feature_order, operator, requires_grad
 from dmt_compile.kernels.choice import REFERENCE
 from dmt_compile.runtime import world as runtime
 from dmt_compile.runtime.route import Route
@@ -162,7 +162,7 @@ def _fake_split_blocks(
     by_block = _widths_by_block(route, widths)
     blocks = [requires_grad(received.new_empty(route.batch_size, sum(own)), received) for own in by_block]
     columns = [column for block, own in zip(blocks, by_block, strict=True) for column in block.split(own, dim=1)]
-    return _in_feature_order(columns, route, widths)
+    return in_feature_order(columns, None if widths else route.layout)
 
 
 @operator(_fake_split_blocks)
@@ -181,12 +181,12 @@ def split_blocks(
     columns = _SplitBlocks.apply(  # type: ignore[no-untyped-call]
         received, route.blocks(hop)[1], _widths_by_block(route, widths), factor
     )
-    return _in_feature_order(columns, route, widths)
+    return in_feature_order(columns, None if widths else route.layout)
 
 
 def _widths_by_block(route: Route, widths: tuple[int, ...] | None) -> list[list[int]]:
     """Return the widths of the columns in each block of the last hop; none reaches from one block into the next."""
-    remaining = iter(widths or [route.layout.widths[index] for index in route.layout.column_order])
+    remaining = iter(column_widths(None if widths else route.layout, widths))
     out: list[list[int]] = []
     for width in route.layout.last_widths:
         own: list[int] = []
@@ -194,15 +194,6 @@ def _widths_by_block(route: Route, widths: tuple[int, ...] | None) -> list[list[
             own.append(next(remaining))
         out.append(own)
     return out
-
-
-def _in_feature_order(
-    columns: Sequence[torch.Tensor], route: Route, widths: tuple[int, ...] | None
-) -> tuple[torch.Tensor | None, ...]:
-    if widths:
-        return tuple(columns)
-    features = dict(zip(route.layout.column_order, columns, strict=True))
-    return tuple(features.get(index) for index in range(len(route.layout.widths)))
 
 
 class _SplitBlocks(torch.autograd.Function):

@@ -67,7 +67,7 @@ def steps(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
         expected += [ex.run_towers] if sent_by_towers else []
         expected += after
         if in_blocks:  # it joins and scales itself; ``scaled`` holds it to the factor
-            del expected[-1 - ctx.training :]
+            found += [ex.join_blocks, *([gradient_ops.scale_gradient] if ctx.training else [])]
         if found != expected:
             yield f"{split.name} comes from the steps {_names(found)}, expected {_names(expected)}"
 

@@ -197,11 +197,21 @@ def batched_lookup(
     return batched.batched_lookup(tables, ids, offsets, tuple(pooling), bags, weights, kernel, out_dtype, order)
 
 
+def column_widths(layout: Layout | None, widths: tuple[int, ...] | None) -> list[int]:
+    """Return the widths of a layout's features in the order of their columns, or where there is none, ``widths``."""
+    return list(widths or ()) if layout is None else [layout.widths[index] for index in layout.column_order]
+
+
+def in_feature_order(columns: Sequence[Any], layout: Layout | None) -> tuple[Any, ...]:
+    """Return columns by feature, ``None`` for what was added to another; without a layout, as they are."""
+    if layout is None:
+        return tuple(columns)
+    features = dict(zip(layout.column_order, columns, strict=True))
+    return tuple(features.get(index) for index in range(len(layout.widths)))
+
+
 def _fake_split_features(sizes: FreshSizes, joined: Any, layout: Any, widths: Any = None) -> Any:
-    order = range(len(widths)) if layout is None else layout.column_order
-    widths = widths if layout is None else layout.widths
-    parts = dict(zip(order, joined.split([widths[i] for i in order], dim=1), strict=True))
-    return tuple(parts.get(index) for index in range(len(widths)))
+    return in_feature_order(joined.split(column_widths(layout, widths), dim=1), layout)
 
 
 @operator(_fake_split_features)

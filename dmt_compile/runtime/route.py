@@ -128,8 +128,8 @@ class Layout:
     @cached_property
     def last_widths(self) -> tuple[int, ...]:
         """Columns of each block that the last exchange delivers: of every tower group, or of every rank of the one."""
-        groups = range(self.topology.hosts)
-        return self.rank_widths if len(groups) == 1 else tuple(map(self.group_width, groups))
+        hosts = self.topology.hosts
+        return self.rank_widths if hosts == 1 else tuple(map(self.group_width, range(hosts)))
 
     def group_lookups(self, group: int) -> tuple[int, ...]:
         """Feature indices of a tower group, in the order of their columns after the exchange inside it."""

@@ -223,7 +223,7 @@ class ProcessWorld:
         self, sent: torch.Tensor, send: list[int], receive: list[int], group: str, label: str, direction: str
     ) -> Pending:
         received = sent.new_empty(sum(receive))
-        with self._named(label, group):
+        with _Named(self, label, group):
             if self._on_gpu:
                 process_group = self._groups[group]
                 work = dist.all_to_all_single(received, sent, receive, send, group=process_group, async_op=True)
@@ -237,14 +237,14 @@ class ProcessWorld:
         self, tensor: torch.Tensor, label: str, maximum: bool = False, group: str = "world"
     ) -> Pending:
         reduction = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
-        with self._named(label, group):
+        with _Named(self, label, group):
             work = dist.all_reduce(tensor, reduction, group=self._groups[group], async_op=True)
         self.ledger.add_all_reduce(label, self.topology, self.rank, tensor.nbytes, self._members[group])
         return Pending(tensor, lambda: self._finish(work, label, group, "backward"))
 
     def start_exchange(self, sent: torch.Tensor, label: str, group: str) -> Pending:
         received, members = torch.empty_like(sent), len(self._members[group])
-        with self._named(label, group):
+        with _Named(self, label, group):
             if self._on_gpu:
                 work = dist.all_to_all_single(received, sent, group=self._groups[group], async_op=True)
             else:
@@ -256,7 +256,7 @@ class ProcessWorld:
     def start_gather(self, part: torch.Tensor, label: str, group: str) -> Pending:
         members = len(self._members[group])
         gathered = part.new_empty(part.numel() * members)
-        with self._named(label, group):
+        with _Named(self, label, group):
             if self._on_gpu:
                 work = torch_internals.all_gather_single(gathered, part, self._groups[group])
             else:
@@ -282,14 +282,14 @@ class ProcessWorld:
             self.ledger.add(label, "backward", self.topology, self.rank, target, sent_bytes)
 
     def broadcast(self, tensor: torch.Tensor, label: str) -> None:
-        with self._named(label, "world"):
+        with _Named(self, label, "world"):
             work = dist.broadcast(tensor, src=0, group=self._groups["world"], async_op=True)
         self._finish(work, label, "world", "forward")
 
     def move(self, tensor: torch.Tensor, source: int, target: int, label: str) -> None:
         """Send a tensor from rank ``source`` into the same tensor of rank ``target``; other ranks do nothing."""
         if self.rank in (source, target):
-            with self._named(label, "world"):
+            with _Named(self, label, "world"):
                 if self.rank == source:
                     work = dist.isend(tensor, target, group=self._groups["world"])
                 else:
@@ -298,7 +298,7 @@ class ProcessWorld:
 
     def _finish(self, work: Any, label: str, group: str, direction: str | None = None) -> None:
         """Wait for a collective; ``direction``: of the pass that waits, where one does."""
-        with self._named(label, group):
+        with _Named(self, label, group):
             if self._on_gpu:
                 work.wait()  # ordered on the stream; NCCL's own watchdog holds the deadline
             else:
@@ -312,9 +312,6 @@ class ProcessWorld:
         wait()
         if direction is not None and self.device.type == "cpu":
             self.waited_s[label, direction] += time.perf_counter() - start
-
-    def _named(self, label: str, group: str) -> _Named:
-        return _Named(self, label, group)
 
     def broke_off(self, label: str, group: str, waited_s: float, error: RuntimeError) -> CollectiveError:
         """Return the error that names the collective, and the ranks that did not arrive."""

@@ -285,10 +285,12 @@ def drop_unused_sizes(gm: torch.fx.GraphModule) -> None:
     the batch. Dynamo's code computes all of them in every call, through Python, and asks the graph what to pass once
     the backend has returned.
     """
-    for node in gm.graph.find_nodes(op="placeholder"):
-        if not node.users and isinstance(node.meta.get("example_value"), torch.SymInt):
-            gm.graph.erase_node(node)
-    gm.recompile()
+    inputs = gm.graph.find_nodes(op="placeholder")
+    unused = [n for n in inputs if not n.users and isinstance(n.meta.get("example_value"), torch.SymInt)]
+    for node in unused:
+        gm.graph.erase_node(node)
+    if unused:
+        gm.recompile()
 
 
 def ends_in_graph_break() -> bool:

@@ -171,6 +171,15 @@ def dlrm(topology: str = "1x1", training: bool = True, **options: Any) -> Captur
     return _dlrm(training).on(topology, **options)
 
 
+def ragged(topology: str) -> tuple[DLRM, list[tuple[Any, ...]]]:
+    """Return a flat DLRM of five tables, and a batch for each of up to six ranks: of different sizes, one empty."""
+    torch.manual_seed(0)
+    model = DLRM(rows=(6, 5, 4, 3, 7))
+    sizes = (3, 0, 2, 5, 1, 4)[: Topology.parse(topology).world_size]
+    generator = torch.Generator().manual_seed(0)
+    return model, [make_batch(model, samples, generator) for samples in sizes]
+
+
 class Lookups(nn.Module):
     """One ordinary table, and beside it what ``look_up(model, ids, offsets)`` returns; ``odd`` is for its use."""
 

@@ -12,9 +12,7 @@ from dmt_compile.ir import gradient_ops, ops
 from dmt_compile.ir.pass_base import PassReport
 from dmt_compile.ir.verifier import verify
 from dmt_compile.passes.fold_blocks import FoldBlocks
-from dmt_compile.topology import Topology
-from tests.models import DLRM, make_batch
-from tests.passes._harness import dlrm
+from tests.passes._harness import dlrm, ragged
 from tests.passes.test_fold_joins import Joins, batch, fold
 
 NAME = "fold_blocks"
@@ -109,11 +107,7 @@ def test_the_verifier_holds_it_to_the_steps_that_it_replaces(place: int, wrong: 
 
 @pytest.mark.parametrize("topology", ["2x2", "1x4", "4x1", "3x2"])
 def test_gradients_are_bitwise_those_of_joined_blocks(topology: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = DLRM(rows=(6, 5, 4, 3, 7))
-    sizes = (3, 0, 2, 5, 1, 4)[: Topology.parse(topology).world_size]
-    generator = torch.Generator().manual_seed(0)
-    batches = [make_batch(model, samples, generator) for samples in sizes]
+    model, batches = ragged(topology)
     found = []
     for matches in (True, False):
         if not matches:

@@ -11,8 +11,7 @@ from dmt_compile.ir import ops
 from dmt_compile.runtime.route import _places
 from dmt_compile.topology import Topology
 from tests._tolerances import assert_reordered
-from tests.models import DLRM, make_batch
-from tests.passes._harness import dlrm
+from tests.passes._harness import dlrm, ragged
 
 NAME = "fold_permutes"
 
@@ -49,11 +48,7 @@ def test_places_are_those_of_the_permute() -> None:
 
 @pytest.mark.parametrize("topology", ["2x2", "3x2"])
 def test_ranks_compute_the_flat_model(topology: str) -> None:
-    torch.manual_seed(0)
-    model = DLRM(rows=(6, 5, 4, 3, 7))
-    sizes = (3, 0, 2, 5, 1, 4)[: Topology.parse(topology).world_size]
-    generator = torch.Generator().manual_seed(0)
-    batches = [make_batch(model, samples, generator) for samples in sizes]
+    model, batches = ragged(topology)
     found = []
     for kernel in ("reference", "triton"):
         model.zero_grad()
